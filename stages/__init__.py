@@ -1,0 +1,1 @@
+"""One DVC stage per file, one Typer command per stage."""

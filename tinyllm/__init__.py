@@ -1,0 +1,1 @@
+"""A tiny language model, from raw text to a chatting, INT8-quantised, exported model."""
