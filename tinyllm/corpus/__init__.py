@@ -1,0 +1,1 @@
+"""Raw text from its sources to clean, deduplicated, split documents."""
