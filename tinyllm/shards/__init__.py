@@ -1,0 +1,1 @@
+"""Token shards in Arrow files and the batches read from them."""
