@@ -1,0 +1,134 @@
+// AVX-512 with VNNI: one register is one step of a packed block, 16 outputs times 4 inputs.
+//
+// vpdpbusd multiplies unsigned by signed bytes and adds four products to an int32 without
+// saturation. The inputs are stored with 128 added; sums start at -128 * (sum of the weights).
+#include <immintrin.h>
+
+#include "lanes.h"
+#include "w8a8.h"
+
+namespace tinyllm {
+namespace {
+
+__mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1u); }
+
+float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
+  const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < k; i += 16) {
+    const __m512i bits = _mm512_maskz_loadu_epi32(first_lanes(k - i), x + i);
+    most = _mm512_max_epu32(most, _mm512_and_si512(bits, mask));
+  }
+  const uint32_t largest = _mm512_reduce_max_epu32(most);
+  float absmax;
+  __builtin_memcpy(&absmax, &largest, sizeof absmax);
+  const bool finite = largest < 0x7f800000u;
+  if (!finite || absmax < kTinyAbsmax) {
+    __builtin_memset(q, flip, static_cast<size_t>(k));
+    return finite ? 0.0f : __builtin_nanf("");
+  }
+  const __m512 inverse = _mm512_set1_ps(127.0f / absmax);
+  const __m128i flips = _mm_set1_epi8(static_cast<char>(flip));
+  for (int64_t i = 0; i < k; i += 16) {
+    const __mmask16 lanes = first_lanes(k - i);
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + i), inverse));
+    const __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(rounded), flips);
+    _mm_mask_storeu_epi8(q + i, lanes, bytes);
+  }
+  return absmax / 127.0f;
+}
+
+__m512i four_inputs(const int8_t* q) {
+  int32_t four;
+  __builtin_memcpy(&four, q, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+// sum += x * w, four products per lane. The intrinsic would do, but GCC 12 then keeps every sum in
+// memory as well and stores it in each step, at half the speed; "+v" leaves it no choice.
+void multiply_add(__m512i& sum, __m512i x, __m512i w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+}
+
+// ROWS rows times BLOCKS blocks; all sums live in registers (6 * 4 + 4 + 1 of 32).
+template <int ROWS, int BLOCKS>
+void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight& w, int64_t j,
+           int64_t groups, float* y, int64_t y_stride) {
+  const int8_t* packed = w.packed + j * groups * kGroup;
+  __m512i sums[ROWS][BLOCKS];
+#pragma GCC unroll 4
+  for (int b = 0; b < BLOCKS; ++b) {
+    const __m512i start = _mm512_loadu_si512(w.offset + j + b * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) sums[r][b] = start;
+  }
+  int64_t group = 0;
+  if constexpr (ROWS == 1) {  // twice as many sums, or the latency of four additions shows
+    __m512i odd[BLOCKS] = {};
+    for (; group + 2 <= groups; group += 2) {
+      const __m512i x0 = four_inputs(q + group * kGroup), x1 = four_inputs(q + (group + 1) * kGroup);
+      const int8_t* from = packed + group * BLOCKS * kBlockBytes;
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; ++b) {
+        multiply_add(sums[0][b], x0, _mm512_load_si512(from + b * kBlockBytes));
+        multiply_add(odd[b], x1, _mm512_load_si512(from + (BLOCKS + b) * kBlockBytes));
+      }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) sums[0][b] = _mm512_add_epi32(sums[0][b], odd[b]);
+  }
+  for (; group < groups; ++group) {
+    __m512i weights[BLOCKS];
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b)
+      weights[b] = _mm512_load_si512(packed + (group * BLOCKS + b) * kBlockBytes);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512i x = four_inputs(q + r * q_stride + group * kGroup);
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; ++b) multiply_add(sums[r][b], x, weights[b]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < BLOCKS; ++b) {
+    const __mmask16 lanes = first_lanes(w.n - j - b * kLanes);
+    const __m512 scale = _mm512_loadu_ps(w.scale + j + b * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][b]), _mm512_set1_ps(x_scale[r]));
+      _mm512_mask_storeu_ps(y + r * y_stride + b * kLanes, lanes, _mm512_mul_ps(sum, scale));
+    }
+  }
+}
+
+template <int BLOCKS>
+void strip(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows, const Weight& w,
+           int64_t j, int64_t groups, float* y, int64_t y_stride) {
+  for (; rows >= 6; rows -= 6, q += 6 * q_stride, x_scale += 6, y += 6 * y_stride)
+    micro<6, BLOCKS>(q, q_stride, x_scale, w, j, groups, y, y_stride);
+  switch (rows) {
+    case 5: return micro<5, BLOCKS>(q, q_stride, x_scale, w, j, groups, y, y_stride);
+    case 4: return micro<4, BLOCKS>(q, q_stride, x_scale, w, j, groups, y, y_stride);
+    case 3: return micro<3, BLOCKS>(q, q_stride, x_scale, w, j, groups, y, y_stride);
+    case 2: return micro<2, BLOCKS>(q, q_stride, x_scale, w, j, groups, y, y_stride);
+    case 1: return micro<1, BLOCKS>(q, q_stride, x_scale, w, j, groups, y, y_stride);
+    default: return;
+  }
+}
+
+void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows, const Weight& w,
+          int64_t first, float* y, int64_t y_stride) {
+  const int64_t groups = (w.k + kGroup - 1) / kGroup;
+  switch (panel_blocks(w.n, first)) {
+    case 4: return strip<4>(q, q_stride, x_scale, rows, w, first, groups, y, y_stride);
+    case 3: return strip<3>(q, q_stride, x_scale, rows, w, first, groups, y, y_stride);
+    case 2: return strip<2>(q, q_stride, x_scale, rows, w, first, groups, y, y_stride);
+    default: return strip<1>(q, q_stride, x_scale, rows, w, first, groups, y, y_stride);
+  }
+}
+
+}  // namespace
+
+const Isa kAvx512Vnni = {quantize, tile, 0x80, rms_norm, rotate, attend, swiglu};
+
+}  // namespace tinyllm

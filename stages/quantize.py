@@ -1,0 +1,59 @@
+"""quantize: data/models/lora/merged, data/tokens -> data/models/int8."""
+
+from dataclasses import dataclass
+
+import torch
+
+from stages.runner import console_progress, run_stage
+from tinyllm import paths
+from tinyllm.artifact import build_artifact
+from tinyllm.evaluation.loss import evaluate_stream
+from tinyllm.model.directory import COPIED, WEIGHTS, load_model
+from tinyllm.model.transformer import Transformer
+from tinyllm.params import load_params
+from tinyllm.quantization.directory import save_int8_model
+from tinyllm.quantization.gate import QuantizeParams, check_gate
+from tinyllm.quantization.int8 import quantize_model
+from tinyllm.quantization.measure import measure_outputs, model_bytes
+from tinyllm.report import write_metrics
+from tinyllm.shards.reader import TokenShards
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Params:
+    """The sections this stage reads."""
+
+    quantize: QuantizeParams
+
+
+def quantize() -> None:
+    """Turn the model's matrices into INT8 and prove that it predicts as well as before."""
+    params, progress = load_params(Params, paths.PARAMS).quantize, console_progress()
+    model, source = load_model(paths.LORA_MERGED), paths.LORA_MERGED
+    val = TokenShards.open(paths.TOKENS, "val", None)  # the lineage guard knows the tokenizer
+    seq_len = min(params.seq_len, model.config.max_seq_len)
+
+    def evaluate(candidate: Transformer) -> float:
+        sizes = {"seq_len": seq_len, "batch_tokens": BATCH_TOKENS}
+        return evaluate_stream(candidate, val, **sizes, precision="fp32").val_bpb
+
+    inputs, copies = [source, paths.TOKENS], {name: source / name for name in COPIED}
+    with build_artifact(
+        paths.INT8, kind="int8", made_from=inputs, config=params, copies=copies
+    ) as draft:
+        int8 = quantize_model(model)
+        before, after = evaluate(model), evaluate(int8)
+        progress.say(f"val_bpb {before:.4f} before, {after:.4f} in INT8")
+        check_gate(model, before, after, params.max_bpb_increase_share, evaluate)
+        save_int8_model(int8, draft.path)
+    ids = torch.from_numpy(val.stream.read(0, min(seq_len, val.n_tokens)).astype("int64"))
+    bpb = {"val_bpb_before": before, "val_bpb": after, "val_bpb_increase_share": after / before - 1}
+    sizes = {**model_bytes(model), "int8_bytes": (paths.INT8 / WEIGHTS).stat().st_size}
+    layers = measure_outputs(model, int8, ids[None])
+    write_metrics(paths.REPORTS, "quantize", {**bpb, **sizes, "layers": layers})
+
+
+if __name__ == "__main__":
+    run_stage(quantize)

@@ -1,0 +1,1 @@
+"""Arithmetic with more than one implementation: a registry, a reference and native kernels."""

@@ -1,0 +1,169 @@
+"""Backend `cpu`: our C++ in kernels/cpu, called through ctypes.
+
+Called directly rather than as `torch.library` operators: a call costs 1.6 us this way and 5 to 8 us
+as a custom operator, and decoding makes dozens per token. Inference only: no gradients.
+Dimensions: M rows, N outputs, K inputs.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch  # before the library is loaded: both then share torch's OpenMP threads
+from torch import Tensor
+
+from tinyllm.errors import TinyllmError
+from tinyllm.ops import build
+
+ISAS = ("scalar", "avx2", "avx512vnni")
+"""Instruction sets, slowest first; the position is the number that the library knows."""
+ALIGNMENT = 64
+LANES, GROUP = 16, 4
+"""A packed block has 16 outputs side by side, each with 4 inputs together; kernels/LAYOUT.md."""
+
+
+class _Weight(ctypes.Structure):
+    """`tinyllm::Weight` of kernels/cpu/w8a8.h."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("isa", ctypes.c_int64),
+    )
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """Return the library, built if need be, and where it came from; or None and why there is none.
+
+    The first failure is logged in one line, since a fallback must be visible.
+    """
+    try:
+        path = build.build()
+        library = ctypes.CDLL(str(path))
+    except (build.BuildError, OSError) as error:
+        reason = " ".join(str(error).split())
+        logging.getLogger("tinyllm.ops").warning("no native CPU kernels, using torch: %s", reason)
+        return None, reason
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.tinyllm_isa_supported.argtypes = (integer,)
+    library.tinyllm_pack_w8.argtypes = (pointer, integer, integer, pointer, pointer)
+    library.tinyllm_quantize_rows.argtypes = (
+        *(pointer, integer, integer, pointer, pointer),
+        *(integer, integer),
+    )
+    library.tinyllm_linear_w8a8.argtypes = (pointer, pointer, integer, pointer, integer)
+    library.tinyllm_decode_project.argtypes = (*([pointer] * 5), integer)
+    library.tinyllm_decode_finish.argtypes = (
+        *([pointer] * 3),
+        *(pointer, integer, integer),
+        *(pointer, integer, integer),
+        *(integer, pointer, integer),
+    )
+    return library, path.name
+
+
+def best_isa() -> int:
+    """Return the number of the instruction set to use: `TINYLLM_CPU_ISA`, else the best one here.
+
+    Raises:
+        TinyllmError: the variable names an unknown one, or one that this processor lacks.
+    """
+    library, _ = load()
+    here = [name for i, name in enumerate(ISAS) if library.tinyllm_isa_supported(i)]
+    wanted = os.environ.get("TINYLLM_CPU_ISA", here[-1])
+    if wanted not in here:
+        raise TinyllmError(
+            f"TINYLLM_CPU_ISA: {wanted!r} cannot run here; use {' or '.join(here)}, or unset it"
+        )
+    return ISAS.index(wanted)
+
+
+def refuses(device: torch.device) -> str | None:
+    """Return why this backend cannot serve a device, None if it can; builds the library."""
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    library, reason = load()
+    return None if library is not None else reason
+
+
+def n_threads() -> int:
+    """Return how many threads a call may use: `TINYLLM_THREADS`, else torch's."""
+    given = os.environ.get("TINYLLM_THREADS", "")
+    if given and not (given.isdecimal() and int(given) > 0):
+        raise TinyllmError(f"TINYLLM_THREADS: {given!r} is not a number of threads")
+    return int(given) if given else torch.get_num_threads()
+
+
+def quantize_per_row(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `reference.quantize_per_row` does."""
+    x = x.float().contiguous()
+    q = torch.empty(x.shape, dtype=torch.int8)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+    k = x.shape[-1]
+    arguments = (x.data_ptr(), scale.numel(), k, q.data_ptr(), scale.data_ptr())
+    check(load()[0].tinyllm_quantize_rows(*arguments, best_isa(), n_threads()))
+    return q, scale
+
+
+def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Pack a weight; return what `reference.bind_linear_w8a8` returns, equal in every bit."""
+    return PackedLinear(weight_q, weight_scale)
+
+
+class PackedLinear:
+    """A packed weight that can be called; everything that can be done once is done here."""
+
+    __slots__ = ("_k", "_keep", "_n", "_run", "_threads", "address")
+
+    address: int
+    """Of the `tinyllm::Weight`, for native code that calls the layer itself."""
+
+    def __init__(self, weight_q: Tensor, weight_scale: Tensor) -> None:
+        n, k = weight_q.shape
+        padded_n, padded_k = -(-n // LANES) * LANES, -(-k // GROUP) * GROUP
+        packed = aligned_empty(padded_n * padded_k)
+        offset = torch.empty(padded_n, dtype=torch.int32)
+        scale = torch.zeros(padded_n)
+        scale[:n] = weight_scale
+        library, _ = load()
+        rows = weight_q.contiguous()
+        check(library.tinyllm_pack_w8(rows.data_ptr(), n, k, packed.data_ptr(), offset.data_ptr()))
+        weight = _Weight(packed.data_ptr(), offset.data_ptr(), scale.data_ptr(), n, k, best_isa())
+        self._keep = (packed, offset, scale, weight)  # the library holds bare addresses
+        self.address = ctypes.addressof(weight)
+        self._n, self._k, self._threads = n, k, n_threads()
+        self._run = library.tinyllm_linear_w8a8
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output, (..., N) in x's dtype, for x of shape (..., K)."""
+        if x.dtype is not torch.float32:
+            return self(x.float()).to(x.dtype)
+        shape = x.shape
+        if shape[-1] != self._k:
+            raise ValueError(f"x has {shape[-1]} inputs, the weight has {self._k}")
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty((*shape[:-1], self._n))
+        rows = x.numel() // self._k
+        check(self._run(self.address, x.data_ptr(), rows, y.data_ptr(), self._threads))
+        return y
+
+
+def aligned_empty(n_bytes: int) -> Tensor:
+    """Return uninitialised INT8 memory that starts on a cache line."""
+    memory = torch.empty(n_bytes + ALIGNMENT, dtype=torch.int8)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + n_bytes]
+
+
+def check(code: int) -> None:
+    """Raise where the library refused its arguments, which is a mistake of the caller above."""
+    if code:
+        raise RuntimeError(f"native kernel refused its arguments (code {code})")

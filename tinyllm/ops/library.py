@@ -1,0 +1,39 @@
+"""Backend `torch`: library calls in the middle, our quantisation around them.
+
+`torch._int_mm` multiplies INT8 matrices into INT32. Dimensions: M rows, N outputs, K inputs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinyllm.ops.reference import quantize_per_row
+
+CUDA_MIN_ROWS = 17
+"""On CUDA `_int_mm` wants more than 16 rows, and K and N divisible by 8."""
+
+
+def refuses_linear_w8a8(weight_q: Tensor) -> str | None:
+    """Return why `_int_mm` cannot take this weight, None if it can."""
+    if weight_q.is_cuda and (weight_q.shape[0] % 8 or weight_q.shape[1] % 8):
+        return "_int_mm on CUDA wants K and N divisible by 8"
+    return None
+
+
+def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the linear layer of `reference.bind_linear_w8a8`, computed by `torch._int_mm`."""
+    weight_KN = weight_q.T
+    n, k = weight_q.shape
+
+    def linear(x: Tensor) -> Tensor:
+        q, scale = quantize_per_row(x.reshape(-1, k))
+        m = q.shape[0]
+        if x.is_cuda and m < CUDA_MIN_ROWS:
+            q = F.pad(q, (0, 0, 0, CUDA_MIN_ROWS - m))
+        y = torch._int_mm(q, weight_KN)[:m].float()
+        y.mul_(scale[:, None]).mul_(weight_scale)
+        return y.view(*x.shape[:-1], n).to(x.dtype)
+
+    return linear

@@ -1,0 +1,153 @@
+"""Which implementation of an operation runs.
+
+Backends of an operation, fastest first: `cpu` (our C++), `torch` (library calls), `reference`
+(plain torch). `auto` takes the first that has no objection; `TINYLLM_KERNELS` forces one. A choice
+is made once per weight, not once per call, so decoding pays nothing for it.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tinyllm.errors import TinyllmError
+from tinyllm.ops import build, cpu, decode, library, reference
+
+BACKENDS = ("cpu", "torch", "reference")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Implementation:
+    """One backend's version of an operation."""
+
+    backend: str
+    """One of `BACKENDS`."""
+    function: Callable[..., Any]
+    """What runs."""
+    refuses: Callable[[Tensor], str | None]
+    """Why it cannot serve a tensor (the weight, else the input); None if it can."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of `tinyllm doctor`."""
+
+    operation: str
+    """Its name."""
+    backend: str
+    """What `auto`, or the forced choice, takes on this machine."""
+    why: str
+    """The reason."""
+
+
+def _takes_all(tensor: Tensor) -> str | None:
+    """Object to nothing."""
+    return None
+
+
+def _cpu_refuses(tensor: Tensor) -> str | None:
+    """Object to other devices and to machines without a built library."""
+    return cpu.refuses(tensor.device)
+
+
+OPERATIONS: Mapping[str, Sequence[Implementation]] = {
+    "quantize_per_row": (
+        Implementation(backend="cpu", function=cpu.quantize_per_row, refuses=_cpu_refuses),
+        Implementation(
+            backend="reference", function=reference.quantize_per_row, refuses=_takes_all
+        ),
+    ),
+    "linear_w8a8": (
+        Implementation(backend="cpu", function=cpu.bind_linear_w8a8, refuses=_cpu_refuses),
+        Implementation(
+            backend="torch",
+            function=library.bind_linear_w8a8,
+            refuses=library.refuses_linear_w8a8,
+        ),
+        Implementation(
+            backend="reference", function=reference.bind_linear_w8a8, refuses=_takes_all
+        ),
+    ),
+    "decode_block": (
+        Implementation(backend="cpu", function=decode.DecodeBlock, refuses=_cpu_refuses),
+        Implementation(backend="reference", function=decode.no_decode_block, refuses=_takes_all),
+    ),
+}
+"""Every operation that has a choice, fastest first; the last one takes everything."""
+
+
+def forced_backend() -> str | None:
+    """Return what `TINYLLM_KERNELS` forces, None for `auto`.
+
+    Raises:
+        TinyllmError: it names no backend.
+    """
+    wanted = os.environ.get("TINYLLM_KERNELS", "auto")
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise TinyllmError(f"TINYLLM_KERNELS: {wanted!r} is not one of auto, {', '.join(BACKENDS)}")
+    return None if wanted == "auto" else wanted
+
+
+def select(operation: str, tensor: Tensor) -> Implementation:
+    """Return the implementation for a tensor: the forced one, else the fastest that takes it.
+
+    An operation that the forced backend does not have goes to the reference.
+
+    Raises:
+        TinyllmError: the forced backend has the operation but cannot serve the tensor.
+    """
+    implementations = OPERATIONS[operation]
+    forced = forced_backend()
+    for implementation in implementations[:-1]:
+        if forced is None:
+            if implementation.refuses(tensor) is None:
+                return implementation
+        elif implementation.backend == forced:
+            if reason := implementation.refuses(tensor):
+                raise TinyllmError(
+                    f"TINYLLM_KERNELS={forced}: {operation} cannot run there: {reason}; unset it"
+                )
+            return implementation
+    return implementations[-1]
+
+
+def describe() -> list[Row]:
+    """Return what runs on CPU tensors here and why; never compiles or raises.
+
+    Where the library is not built yet, its row tells what the first use will do.
+    """
+    try:
+        forced = forced_backend()
+    except TinyllmError as error:
+        return [Row(operation=name, backend="none", why=str(error)) for name in OPERATIONS]
+    native_obstacle, native_fact = _native_state()
+    rows = []
+    for operation, implementations in OPERATIONS.items():
+        names = [implementation.backend for implementation in implementations]
+        if forced is not None:
+            backend = forced if forced in names else names[-1]
+            why = f"TINYLLM_KERNELS={forced}"
+            why += "" if backend == forced else f", which has no {operation}"
+            why += f"; {native_obstacle}" if backend == "cpu" and native_obstacle else ""
+        elif native_obstacle is not None:
+            backend, why = names[1], f"no native kernels: {native_obstacle}"
+        else:
+            backend, why = "cpu", native_fact
+        rows.append(Row(operation=operation, backend=backend, why=why))
+    return rows
+
+
+def _native_state() -> tuple[str | None, str]:
+    """Return why our C++ cannot run here (None if it can) and, if it can, what it is."""
+    try:
+        path = build.library_path()
+        if not path.exists():
+            return None, f"C++, will be built at first use with {build.compiler()}"
+        native, reason = cpu.load()
+        if native is None:
+            return reason, ""
+        return None, f"C++ for {cpu.ISAS[cpu.best_isa()]}, {cpu.n_threads()} threads"
+    except (build.BuildError, TinyllmError) as error:
+        return str(error), ""

@@ -1,0 +1,1 @@
+"""INT8 weights and activations: conversion, loading and error measures."""

@@ -1,0 +1,75 @@
+"""The promise that INT8 costs next to nothing, and who broke it when it is not kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tinyllm.errors import GateError
+from tinyllm.model.transformer import Transformer
+from tinyllm.quantization.int8 import KINDS, quantize_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeParams:
+    """The `quantize` section of params.yaml."""
+
+    max_bpb_increase_share: float
+    """Gate: val_bpb may rise by this share of its value before; more fails the stage."""
+    seq_len: int
+    """Tokens per window when val_bpb is measured; at most the model's max_seq_len are used."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        problems = []
+        if self.seq_len < 1:
+            problems.append(f"seq_len: must be at least 1, got {self.seq_len}")
+        if not self.max_bpb_increase_share >= 0:
+            problems.append(
+                f"max_bpb_increase_share: must not be negative, got {self.max_bpb_increase_share}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def check_gate(
+    model: Transformer,
+    before_bpb: float,
+    after_bpb: float,
+    limit_share: float,
+    evaluate_bpb: Callable[[Transformer], float],
+) -> None:
+    """Refuse an INT8 model whose val_bpb rose too much, naming the layers that cost it.
+
+    Args:
+        model: in floating point.
+        before_bpb: its val_bpb.
+        after_bpb: of the INT8 model.
+        limit_share: largest rise allowed, as a share of `before_bpb`.
+        evaluate_bpb: measures a model; called once per kind of layer, only if the gate is broken.
+
+    Raises:
+        GateError: the rise is above the limit, or not a number.
+    """
+    rise = (after_bpb - before_bpb) / before_bpb
+    if rise <= limit_share:
+        return
+    costs = rank_kinds(model, before_bpb, evaluate_bpb)
+    worst = ", ".join(f"{kind} {share:+.2%}" for kind, share in costs[:3])
+    raise GateError(
+        f"quantize: val_bpb rises by {rise:.2%}, from {before_bpb:.4f} to {after_bpb:.4f}; allowed"
+        f" are {limit_share:.2%} (quantize.max_bpb_increase_share); alone these cost: {worst};"
+        " train longer or raise the limit"
+    )
+
+
+def rank_kinds(
+    model: Transformer, before_bpb: float, evaluate_bpb: Callable[[Transformer], float]
+) -> list[tuple[str, float]]:
+    """Return each kind of layer with the rise of val_bpb when it alone is in INT8, worst first.
+
+    The rise is a share of `before_bpb`; one that is not a number ranks first.
+    """
+    costs = [
+        (kind, (evaluate_bpb(quantize_model(model, {kind})) - before_bpb) / before_bpb)
+        for kind in KINDS
+    ]
+    return sorted(costs, key=lambda cost: cost[1] if cost[1] == cost[1] else float("inf"))[::-1]

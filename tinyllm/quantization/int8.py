@@ -1,0 +1,78 @@
+"""A model with its matrices in INT8, made from one in floating point or empty for loading."""
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllm.model.transformer import Block, Transformer
+from tinyllm.ops.linear import quantize_per_row
+from tinyllm.quantization.block import Int8Block
+from tinyllm.quantization.layers import Int8Embedding, Int8Linear
+
+KINDS = (
+    *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj", "lm_head"),
+)
+"""The layers that have weights worth a byte each, by the last part of their name."""
+
+
+def quantize_model(model: Transformer, kinds: Collection[str] = KINDS) -> Transformer:
+    """Return a copy of a model with its matrices in INT8; the model itself stays as it is.
+
+    A tied matrix is stored once and serves the embedding and the head, if both are quantised.
+
+    Args:
+        model: in floating point, on any device.
+        kinds: which of `KINDS`; the rest stays in floating point.
+    """
+    quantized = copy.deepcopy(model).eval().requires_grad_(False)
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+    for parent, name, layer in _layers(quantized):
+        if name in kinds:
+            shared = layer.weight.data_ptr()
+            if shared not in done:
+                done[shared] = quantize_per_row(layer.weight.detach())
+            _replace(parent, name, layer, *done[shared])
+    return _with_int8_blocks(quantized)
+
+
+def empty_int8_model(model: Transformer) -> Transformer:
+    """Return the model with every matrix replaced by an INT8 one of zeros, to be filled by loading.
+
+    Args:
+        model: changed in place.
+    """
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+    for parent, name, layer in _layers(model):
+        n, k = layer.weight.shape
+        fresh = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
+        _replace(parent, name, layer, *done.setdefault(layer.weight.data_ptr(), fresh))
+    return _with_int8_blocks(model.requires_grad_(False))
+
+
+def _with_int8_blocks(model: Transformer) -> Transformer:
+    """Let blocks whose matrices are all INT8 decode as a whole."""
+    for i, block in enumerate(model.layers):
+        layers = [layer for _, _, layer in _layers(block)]
+        if isinstance(block, Block) and all(isinstance(layer, Int8Linear) for layer in layers):
+            model.layers[i] = Int8Block(block)
+    return model
+
+
+def _layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Return parent, name and layer of everything that `KINDS` means."""
+    return [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if name in KINDS
+    ]
+
+
+def _replace(parent: nn.Module, name: str, layer: Any, weight_q: Tensor, scale: Tensor) -> None:
+    """Put the INT8 layer in the place of the other."""
+    kind = Int8Embedding if isinstance(layer, nn.Embedding) else Int8Linear
+    parent.add_module(name, kind(weight_q, scale))
