@@ -53,7 +53,7 @@ class Attention(nn.Module):
             cos: rotary cosines of the T positions.
             sin: rotary sines of the T positions.
             mask: True where a query may look at a key, broadcastable to (B, 1, T, S); None means
-            causal, T = S.
+            causal with T = S, or one query that sees every key.
             cache: where keys and values of earlier positions are kept; None means there are none.
         """
         B, T, _ = x_BTD.shape
@@ -69,7 +69,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and T > 1,
             enable_gqa=self.n_kv_heads != self.n_heads,
         )
         out: Tensor = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))

@@ -1,0 +1,118 @@
+"""Each filter against the same one in Hugging Face transformers."""
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tinyllm.inference.sampling import (
+    SamplingParams,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    next_logits,
+    penalise_repetition,
+    sample,
+)
+
+IDS = torch.tensor([[3, 3, 7, 11], [0, 1, 2, 2]])
+
+
+def random_logits(seed: int = 0, vocab: int = 50) -> torch.Tensor:
+    return torch.randn(2, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def seen(vocab: int = 50) -> torch.Tensor:
+    mask = torch.zeros(2, vocab, dtype=torch.bool)
+    return mask.scatter(1, IDS, torch.ones_like(IDS, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("k", [1, 2, 10, 50, 1000])
+def test_top_k_equals_transformers(k):
+    assert torch.equal(keep_top_k(random_logits(), k), TopKLogitsWarper(k)(IDS, random_logits()))
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+def test_top_p_equals_transformers(p):
+    for seed in range(5):
+        logits = random_logits(seed)
+        assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(IDS, logits))
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
+def test_min_p_equals_transformers(min_p):
+    for seed in range(5):
+        logits = random_logits(seed)
+        assert torch.equal(keep_min_p(logits, min_p), MinPLogitsWarper(min_p)(IDS, logits))
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
+def test_repetition_penalty_equals_transformers(penalty):
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(IDS, random_logits())
+    assert torch.equal(penalise_repetition(random_logits(), seen(), penalty), theirs)
+
+
+def test_all_together_in_the_order_of_transformers():
+    params = SamplingParams(
+        temperature=0.7,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.02,
+        repetition_penalty=1.2,
+        max_new_tokens=1,
+    )
+    theirs = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.2),
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(20),
+            TopPLogitsWarper(0.9),
+            MinPLogitsWarper(0.02),
+        ]
+    )
+    for seed in range(10):
+        logits = random_logits(seed)
+        assert torch.equal(next_logits(logits, seen(), params), theirs(IDS, logits.clone()))
+
+
+def test_greedy_is_argmax_whatever_the_filters():
+    params = SamplingParams(top_k=3, top_p=0.5, min_p=0.1, seed=4, max_new_tokens=1)
+    drawn = sample(random_logits(), seen(), params, torch.Generator())
+    assert torch.equal(drawn, random_logits().argmax(-1))
+
+
+def test_draws_follow_the_probabilities_and_the_seed():
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(20000, 4)
+    unseen = torch.zeros(1, 4, dtype=torch.bool)
+    params = SamplingParams(temperature=1.0, max_new_tokens=1)
+    first, again, other = (
+        sample(logits, unseen, params, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    shares = first.bincount(minlength=4) / 20000
+    # 4 sigma of a binomial with n = 20000, p = 0.4 is 0.014
+    assert (shares - torch.tensor([0.1, 0.2, 0.3, 0.4])).abs().max() < 0.014
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, "temperature: must be at least 0, got -0.1"),
+        ({"top_k": -1}, "top_k: must be at least 0"),
+        ({"top_p": 0.0}, "top_p: must be above 0"),
+        ({"min_p": 1.5}, "min_p: must be between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: must be above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
+        ({"temperature": float("nan")}, "temperature: must be at least 0, got nan"),
+    ],
+)
+def test_meaningless_values_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**{"max_new_tokens": 1, **values})

@@ -1,0 +1,201 @@
+"""The command line as a person meets it: pipes, mistakes, and a real pseudo-terminal."""
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import pytest
+from tiny_dirs import write_model_dir
+
+from tinyllm.cli import app, main
+
+COMMAND = [sys.executable, "-m", "tinyllm.cli"]
+ENVIRONMENT = {**os.environ, "TINYLLM_DEVICE": "cpu", "TINYLLM_THREADS": "1", "TERM": "dumb"}
+
+
+class Done(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return write_model_dir(tmp_path_factory.mktemp("models") / "sft", max_seq_len=96)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process: a new one takes two seconds to import torch."""
+    monkeypatch.setenv("TINYLLM_DEVICE", "cpu")
+
+    def run_command(*arguments, stdin: str = "") -> Done:
+        monkeypatch.setattr("sys.argv", ["tinyllm", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Done(ended.value.code, out, err)
+
+    return run_command
+
+
+def test_generate_is_repeatable_and_seeded(run, model_dir):
+    first = run("generate", model_dir, "hello", "--max-tokens", 12)
+    assert first.code == 0, first.stderr
+    assert first.stdout.endswith("\n")
+    assert len(first.stdout) > 5
+    assert run("generate", model_dir, "hello", "--max-tokens", 12).stdout == first.stdout
+    other = run("generate", model_dir, "hello", "--max-tokens", 12, "--seed", 1)
+    assert other.stdout != first.stdout
+
+
+def test_piped_questions_are_answered_in_turn(run, model_dir):
+    options = ("--temperature", 0, "--max-tokens", 8)
+    once = run("chat", model_dir, *options, stdin="hello\n")
+    assert once.code == 0, once.stderr
+    assert once.stderr == ""
+    twice = run("chat", model_dir, *options, stdin="hello\n\n/reset\nhello\n/quit\nmore\n")
+    assert twice.stdout == once.stdout * 2
+    no_newline = run("chat", model_dir, *options, stdin="hello")
+    assert no_newline.stdout == once.stdout
+
+
+def test_bytes_that_are_no_text_are_survived_by_a_real_process(model_dir):
+    done = subprocess.run(
+        [*COMMAND, "chat", str(model_dir), "--max-tokens", "3"],
+        input=b"\xff\xfe?\n",
+        capture_output=True,
+        timeout=60,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(done.stdout) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "nowhere", "x"], "nowhere: no such folder"),
+        (["generate", "{model}", "x " * 200], "prompt: has "),
+        (["generate", "{model}", "x", "--top-p", "2"], "--top-p: must be above 0 and at most 1"),
+        (["generate", "{model}", "x", "--max-tokens", "0"], "--max-tokens: must be at least 1"),
+        (["generat"], "Did you mean 'generate'?"),
+        (["chat"], "Missing argument"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, model_dir, arguments, message):
+    done = run(*[argument.format(model=model_dir) for argument in arguments])
+    assert done.code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_swapped_tokenizer_is_refused(run, tmp_path):
+    directory = write_model_dir(tmp_path / "sft")
+    (directory / "tokenizer.json").write_text("{}")
+    done = run("chat", directory, stdin="hello\n")
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    assert "tokenizer.json: differs from its manifest" in line
+
+
+class Terminal:
+    """A process on a pseudo-terminal, typed at and read from."""
+
+    def __init__(self, *arguments) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [*COMMAND, *map(str, arguments)], ENVIRONMENT)
+        self.text = ""
+
+    def wait_for(self, pattern: str, seconds: float = 40) -> str:
+        """Return everything up to a pattern and forget it."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.text)):
+            ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"no {pattern!r} in {self.text!r}"
+            try:
+                data = os.read(self.fd, 4096)
+            except OSError:  # the other side is closed
+                data = b""
+            assert data, f"ended without {pattern!r}: {self.text!r}"
+            self.text += data.decode(errors="replace")
+        head, self.text = self.text[: match.end()], self.text[match.end() :]
+        return head
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def leave(self, key: str) -> int:
+        """Type a key until the process ends; return its exit code.
+
+        Again and again: a signal between the prompt and readline's wait is seen one key later.
+        """
+        for _ in range(20):
+            self.type(key)
+            deadline = time.monotonic() + 1
+            while select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]:
+                try:
+                    if os.read(self.fd, 4096):
+                        continue
+                except OSError:  # the other side is closed
+                    pass
+                os.close(self.fd)
+                return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.kill(self.pid, signal.SIGKILL)
+        pytest.fail(f"still there after {key!r}: {self.text!r}")
+
+
+def test_a_conversation_on_a_terminal(model_dir):
+    terminal = Terminal("chat", model_dir, "--max-tokens", 8, "--temperature", 0)
+    banner = terminal.wait_for(r"> ")
+    assert "sft, 0.1 M parameters, context 96" in banner
+    assert "/reset" in banner
+    terminal.type("hello\r")
+    first = terminal.wait_for(r"hello\r\n[^\n]+\r\n> ")
+    terminal.type("/reset\r")
+    terminal.wait_for(r"> ")
+    terminal.type("hello\r")
+    assert terminal.wait_for(r"hello\r\n[^\n]+\r\n> ") == first
+    terminal.type("word " * 60 + "\r")  # a mistake does not end the conversation
+    terminal.wait_for(r"error: question: takes \d+ tokens[^>]*> ")
+    terminal.type("/nonsense\r")
+    terminal.wait_for(r"no such command: /nonsense[^>]*> ")
+    assert terminal.leave("\x04") == 0
+
+
+def test_ctrl_c_stops_an_answer_and_then_leaves(model_dir):
+    terminal = Terminal("chat", model_dir, "--max-tokens", 60)
+    terminal.wait_for(r"> ")
+    terminal.type("hello\r")
+    terminal.wait_for(r"hello\r\n.")
+    terminal.type("\x03")
+    terminal.wait_for(r"> ")
+    assert terminal.leave("\x03") == 0
+
+
+def test_the_options_are_frozen():
+    """A knob belongs into params.yaml, where DVC sees it; these are settings of one call."""
+    sampling = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
+    sampling |= {"max_tokens", "model_dir"}
+    options = {
+        command.callback.__name__: set(command.callback.__annotations__) - {"return"}
+        for command in app.registered_commands
+    }
+    assert options == {
+        "generate": sampling | {"prompt"},
+        "chat": sampling | {"system"},
+        "doctor": {"verify_cache"},
+        "preset": {"name", "args"},
+    }

@@ -1,0 +1,228 @@
+"""The `tinyllm` command: talk to a model directory, look after the workshop.
+
+Options here are settings of one call, never of a stage: what shapes a result lives in params.yaml.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from stages.runner import mistakes_in_one_line
+from tinyllm.errors import ParamsError, TinyllmError
+
+if TYPE_CHECKING:  # torch takes two seconds, `tinyllm --help` should not: imported when used
+    from tinyllm.inference.conversation import Conversation
+    from tinyllm.inference.sampling import SamplingParams
+    from tinyllm.inference.session import Session
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="A tiny language model, from raw text to a chatting, exported model.",
+)
+
+ModelDir = Annotated[
+    Path, typer.Argument(metavar="MODEL_DIR", help="A model directory, e.g. data/models/lora.")
+]
+Temperature = Annotated[float, typer.Option(help="Flattens the odds above 1; 0: greedy.")]
+TopK = Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Choose among the likeliest tokens up to this sum.")]
+MinP = Annotated[float, typer.Option(help="Refuse tokens below this share of the likeliest one.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: avoid tokens said before.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest text in tokens.")]
+
+HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    for stream in (sys.stdin, sys.stdout):
+        with suppress(AttributeError):  # not a text file, as in some tests
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with mistakes_in_one_line():
+        try:
+            code = app(standalone_mode=False)
+        except TyperException as error:
+            message = " ".join(error.format_message().split())
+            raise TinyllmError(f"{message.rstrip('.')}; see `tinyllm --help`") from None
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+@app.command()
+def generate(
+    model_dir: ModelDir,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; '': begin a new one.")],
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    max_tokens: MaxTokens = 200,
+) -> None:
+    """Continue a text; only what is new is printed."""
+    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
+    _show(_open(model_dir).continue_text(prompt, sampling))
+
+
+@app.command()
+def chat(
+    model_dir: ModelDir,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    max_tokens: MaxTokens = 200,
+) -> None:
+    """Talk to a model; questions may also come from a pipe, one per line."""
+    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
+    session = _open(model_dir)
+    conversation = session.converse(system)
+    if sys.stdin.isatty():
+        typer.echo(f"{session.description}; {HELP}", err=True)
+        if session.kind == "pretrain":
+            typer.echo("this model has not learned to chat: it continues texts", err=True)
+    for question in _questions():
+        if question == "/reset":
+            conversation.reset()
+        elif question in ("/help", "/?"):
+            typer.echo(HELP, err=True)
+        elif question == "/quit":
+            return
+        elif question.startswith("/"):
+            typer.echo(f"no such command: {question}; {HELP}", err=True)
+        elif question:
+            _answer(conversation, question, sampling)
+
+
+@app.command()
+def doctor(
+    verify_cache: Annotated[
+        bool, typer.Option("--verify-cache", help="Also re-hash every file of DVC's cache.")
+    ] = False,
+) -> None:
+    """Tell what this machine uses and what a crash has left; repairs nothing itself."""
+    from tinyllm.doctor.examine import examine
+
+    n_problems = 0
+    section = ""
+    for finding in examine(Path(), verify_cache=verify_cache):
+        if finding.section != section:
+            section = finding.section
+            typer.echo(f"\n{section}" if n_problems or section != "machine" else section)
+        typer.echo(f"  {'!' if finding.is_problem else ' '} {finding.text}")
+        if finding.repair:
+            typer.echo(f"      repair: {finding.repair}")
+        n_problems += finding.is_problem
+    typer.echo(f"\n{n_problems or 'no'} problem{'s' * (n_problems != 1)} found")
+    raise typer.Exit(1 if n_problems else 0)
+
+
+@app.command()
+def preset(
+    name: Annotated[str, typer.Argument(help="A file of presets/, without .yaml.")],
+    args: Annotated[
+        bool, typer.Option("--args", help="Print it as arguments of `dvc exp run` instead.")
+    ] = False,
+) -> None:
+    """Merge a preset into params.yaml; its comments stay."""
+    from tinyllm import paths
+    from tinyllm.preset import apply_preset, preset_arguments
+
+    if args:
+        typer.echo(" ".join(preset_arguments(name, paths.PRESETS, paths.PARAMS)))
+        return
+    for line in apply_preset(name, paths.PRESETS, paths.PARAMS):
+        typer.echo(line)
+
+
+def _open(directory: Path) -> "Session":
+    """Open a model directory of any kind where `TINYLLM_DEVICE` says."""
+    from tinyllm.inference.session import open_session
+    from tinyllm.quantization.load import load_any_model
+    from tinyllm.training.precision import choose_device, use_threads
+
+    use_threads()
+    return open_session(directory, load_any_model, choose_device())
+
+
+def _sampling(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int,
+    max_tokens: int,
+) -> "SamplingParams":
+    """Return the sampling parameters, or refuse them by the names of their options."""
+    from tinyllm.inference.sampling import SamplingParams
+
+    try:
+        return SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_new_tokens=max_tokens,
+        )
+    except ValueError as error:
+        lines = str(error).replace("max_new_tokens", "max_tokens").splitlines()
+        named = [line.split(":", 1) for line in lines]
+        raise ParamsError(
+            "\n".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named)
+        ) from None
+
+
+def _questions() -> Iterator[str]:
+    """Yield what the user types, or the lines of a pipe, until the end or Ctrl-C."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives `input` line editing and history
+    while True:
+        try:
+            yield input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+
+
+def _answer(conversation: "Conversation", question: str, sampling: "SamplingParams") -> None:
+    """Print an answer as it comes; on a terminal Ctrl-C and a mistake end only the answer."""
+    try:
+        _show(conversation.ask(question, sampling))
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        typer.echo()
+    except TinyllmError as error:
+        if not sys.stdin.isatty():
+            raise
+        typer.echo(f"error: {error}", err=True)
+
+
+def _show(pieces: Iterator[str]) -> None:
+    """Print pieces of text as they come."""
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+if __name__ == "__main__":
+    main()

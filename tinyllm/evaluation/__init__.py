@@ -1,0 +1,1 @@
+"""Bits per byte, agreement between runtimes, and speed."""

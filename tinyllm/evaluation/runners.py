@@ -1,0 +1,92 @@
+"""What a speed measurement needs of a model: pass a prompt, make the next token, give logits."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tinyllm.inference.cache import KVCache
+from tinyllm.inference.generate import compute_dtype
+from tinyllm.model.transformer import Transformer
+from tinyllm.quantization.load import load_any_model
+
+
+class Runner(Protocol):
+    """One model under measurement; every call is finished when it returns."""
+
+    rope_cos: Tensor
+    """Any tensor on the model's device."""
+
+    def prefill(self, ids: Sequence[int]) -> int:
+        """Start a sequence with a prompt, keep its keys and values; return the likeliest token."""
+
+    def decode(self, token: int) -> int:
+        """Add one token to the sequence; return the likeliest next one."""
+
+    def full(self, ids: Sequence[int]) -> int:
+        """Pass a whole sequence without a cache; return the likeliest next token."""
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        """Return the logits of every position, (B, T, V)."""
+
+
+OpenRunner = Callable[[], Runner]
+"""Opens a model in the process that measures it; picklable."""
+
+
+class TorchRunner:
+    """A `Transformer`, with float or INT8 layers."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+        self.rope_cos = model.rope_cos
+        self._cache = self._new_cache()
+
+    @classmethod
+    def open(cls, directory: Path, dtype: torch.dtype | None, device: str) -> "TorchRunner":
+        """Load any model directory.
+
+        Args:
+            directory: the model.
+            dtype: of the weights; None: as they are. Rotary tables stay in fp32.
+            device: where to compute.
+        """
+        model = load_any_model(directory).to(device).eval()
+        if dtype is not None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        return cls(model)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int]) -> int:
+        """Pass the prompt; only its last position goes through the head."""
+        self._cache = self._new_cache()
+        return self._next(ids, self._cache)
+
+    @torch.inference_mode()
+    def decode(self, token: int) -> int:
+        """Pass one token."""
+        return self._next([token], self._cache)
+
+    @torch.inference_mode()
+    def full(self, ids: Sequence[int]) -> int:
+        """Pass everything again."""
+        return self._next(ids, None)
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self._model(ids_BT)
+        return logits
+
+    def _next(self, ids: Sequence[int], cache: KVCache | None) -> int:
+        """Return the likeliest token; reading it waits for the device."""
+        hidden = self._model.hidden(torch.tensor([ids], device=self.rope_cos.device), cache=cache)
+        return int(self._model.head(hidden[:, -1]).argmax())
+
+    def _new_cache(self) -> KVCache:
+        """Return an empty cache as long as the model's context."""
+        config = self._model.config
+        dtype = compute_dtype(self._model)
+        return KVCache(config, 1, config.max_seq_len, dtype, self.rope_cos.device)

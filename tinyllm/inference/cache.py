@@ -1,0 +1,98 @@
+"""The KV cache: keys and values of the positions already seen, in memory set aside once.
+
+Not a paged cache: every row of a batch has the same length. Dimensions: B batch, G key-value heads,
+T new positions, S positions so far, K head width.
+"""
+
+import torch
+from torch import Tensor
+
+from tinyllm.errors import DataError
+from tinyllm.model.sizes import ModelConfig
+
+
+class LayerKV:
+    """The keys and values of one layer."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+        self._k = torch.zeros(shape, dtype=dtype, device=device)
+        self._v = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new positions; return all so far as views, both (B, G, S, K) in k's dtype."""
+        end = self.length + k_BGTK.shape[2]
+        self._k[:, :, self.length : end] = k_BGTK
+        self._v[:, :, self.length : end] = v_BGTK
+        self.length = end
+        return self._k[:, :, :end].to(k_BGTK.dtype), self._v[:, :, :end].to(v_BGTK.dtype)
+
+
+class KVCache:
+    """A `model.transformer.Cache` for sequences of at most `max_len` positions."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """Set the memory aside.
+
+        Args:
+            config: the model's sizes.
+            batch_size: rows.
+            max_len: positions per row.
+            dtype: of the stored values; narrower than the model's halves the memory.
+            device: where the model is.
+
+        Raises:
+            DataError: the model has no positions beyond its `max_seq_len`.
+        """
+        if max_len > config.max_seq_len:
+            raise DataError(
+                f"context: a cache of {max_len} tokens is longer than the model's max_seq_len"
+                f" {config.max_seq_len}; use a shorter one or train with a larger model.max_seq_len"
+            )
+        self.max_len = max_len
+        self._device = torch.device(device)
+        shape = (batch_size, config.n_kv_heads, max_len, config.d_head)
+        self.layers = [LayerKV(shape, dtype, str(device)) for _ in range(config.n_layers)]
+
+    @property
+    def length(self) -> int:
+        """Positions stored so far."""
+        return self.layers[0].length
+
+    def plan(self, n_tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Return the positions of the next tokens, (T,), and what each may look at.
+
+        The mask is None where attention needs none: a first pass (T = S) is plainly causal, and a
+        single new token may look at everything. Else it is (T, S), True where a query may look.
+
+        Raises:
+            DataError: the tokens do not fit into the cache any more.
+        """
+        start, end = self.length, self.length + n_tokens
+        if end > self.max_len:
+            raise DataError(
+                f"context: {end} tokens do not fit into a cache of {self.max_len};"
+                " shorten the prompt or ask for fewer tokens"
+            )
+        positions = torch.arange(start, end, device=self._device)
+        if start == 0 or n_tokens == 1:
+            return positions, None
+        return positions, torch.arange(end, device=self._device) <= positions[:, None]
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on; their memory is written again."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+
+    @staticmethod
+    def n_bytes(config: ModelConfig, batch_size: int, max_len: int, dtype: torch.dtype) -> int:
+        """Return the memory that such a cache takes: keys and values of all layers."""
+        per_position = 2 * config.n_layers * config.n_kv_heads * config.d_head
+        return batch_size * max_len * per_position * dtype.itemsize

@@ -1,0 +1,108 @@
+"""Text generation, one token after the other, as an iterator that can be left at any time.
+
+One sequence at a time; batches of requests are a scheduler's work, not done here.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tinyllm.errors import DataError
+from tinyllm.inference.cache import KVCache
+from tinyllm.inference.sampling import SamplingParams, sample
+from tinyllm.model.transformer import Transformer
+
+StopReason = Literal["stop", "length", "context"]
+"""A stop token came, `max_new_tokens` were made, or the model's context is full."""
+
+
+class Generation(Iterator[int]):
+    """The tokens of one answer as they come; afterwards `reason` says why it ended."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        stop_ids: Collection[int],
+        *,
+        use_cache: bool,
+    ) -> None:
+        self.reason: StopReason | None = None
+        """Why the tokens ended; None while they come."""
+        self._model, self._sampling, self._stop_ids = model, sampling, frozenset(stop_ids)
+        self._n_prompt, self._ids = len(prompt_ids), list(prompt_ids)
+        self._device = model.rope_cos.device
+        self._generator = torch.Generator(self._device).manual_seed(sampling.seed)
+        self._seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self._device)
+        self._seen[0, torch.tensor(self._ids)] = True
+        self._cache: KVCache | None = None
+        if use_cache:
+            longest = min(model.config.max_seq_len, len(self._ids) + sampling.max_new_tokens)
+            self._cache = KVCache(model.config, 1, longest, compute_dtype(model), self._device)
+
+    def __next__(self) -> int:
+        if self.reason is None:
+            self.reason = self._full()
+        if self.reason is not None:
+            raise StopIteration
+        with torch.inference_mode():
+            token = int(sample(self._logits(), self._seen, self._sampling, self._generator))
+            self._seen[0, token] = True
+        if token in self._stop_ids:
+            self.reason = "stop"
+            raise StopIteration
+        self._ids.append(token)
+        return token
+
+    def _full(self) -> StopReason | None:
+        """Return the limit that is reached, if one is."""
+        if len(self._ids) - self._n_prompt >= self._sampling.max_new_tokens:
+            return "length"
+        return "context" if len(self._ids) >= self._model.config.max_seq_len else None
+
+    def _logits(self) -> Tensor:
+        """Return the logits after the last token, (1, V): only new tokens pass a cached model."""
+        start = self._cache.length if self._cache else 0
+        ids = torch.tensor([self._ids[start:]], device=self._device)
+        hidden = self._model.hidden(ids, cache=self._cache)
+        return self._model.head(hidden[:, -1])  # the head of the other positions is not needed
+
+
+def generate(
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    sampling: SamplingParams,
+    stop_ids: Collection[int],
+    *,
+    use_cache: bool = True,
+) -> Generation:
+    """Return an iterator over the tokens that continue a prompt.
+
+    Args:
+        model: in evaluation mode.
+        prompt_ids: at least one token.
+        sampling: how tokens are chosen, and how many at most.
+        stop_ids: tokens that end the text; they are not returned.
+        use_cache: keep keys and values; without it every token costs a pass over all before it.
+
+    Raises:
+        DataError: the prompt is empty or fills the model's context.
+    """
+    longest = model.config.max_seq_len
+    if not 0 < len(prompt_ids) < longest:
+        raise DataError(
+            f"prompt: has {len(prompt_ids)} tokens, this model takes 1 to {longest - 1};"
+            " shorten it or train with a larger model.max_seq_len"
+        )
+    return Generation(model, prompt_ids, sampling, stop_ids, use_cache=use_cache)
+
+
+def compute_dtype(model: Transformer) -> torch.dtype:
+    """Return the dtype of the model's first floating-point parameter or buffer, else fp32."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
