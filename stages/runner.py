@@ -15,7 +15,7 @@ import typer
 
 import tinyllm
 from stages.console import ConsoleProgress
-from tinyllm.errors import TinyllmError
+from tinyllm.errors import Interrupted, TinyllmError
 
 USER_MISTAKE = 2
 _RESOURCE_ERRORS = {
@@ -40,6 +40,8 @@ def mistakes_in_one_line() -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and exit code 2; bugs keep a traceback."""
     try:
         yield
+    except Interrupted as error:
+        _leave(str(error), error.code)
     except TinyllmError as error:
         _leave(str(error))
     except KeyboardInterrupt:

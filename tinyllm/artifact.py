@@ -135,7 +135,8 @@ def load_manifest(directory: Path, *kinds: str) -> Manifest:
         )
     if kinds and manifest.kind not in kinds:
         raise ArtifactError(
-            f"{directory}: holds a {manifest.kind!r} artifact, {' or '.join(map(repr, kinds))} expected"
+            f"{directory}: holds a {manifest.kind!r} artifact,"
+            f" {' or '.join(map(repr, kinds))} expected"
         )
     return manifest
 

@@ -36,3 +36,12 @@ class TrainingError(TinyllmError):
 
 class GateError(TinyllmError):
     """A result that is worse than the limit its stage promises."""
+
+
+class Interrupted(TinyllmError):  # noqa: N818 - no error: it was asked for
+    """A piece of work that was asked to stop, and stopped in good order."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+        """Exit code: 128 and the number of the signal, as shells count."""

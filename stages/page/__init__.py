@@ -1,0 +1,1 @@
+"""The report page: facts from disk, sections of blocks, one HTML file."""

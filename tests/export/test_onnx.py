@@ -1,0 +1,120 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from export_case import lively_model
+
+from tinyllm.errors import ArtifactError
+from tinyllm.export.onnx import export_onnx
+from tinyllm.export.onnx_int8 import quantize_onnx
+from tinyllm.export.runtime import OnnxModel
+from tinyllm.inference.generate import generate
+from tinyllm.inference.sampling import SamplingParams
+
+TOLERANCE = 2e-5  # logits of about 10 through some 30 roundings of 6e-8
+VOCAB = 97
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    model = lively_model(VOCAB, tie_embeddings=True)
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    before = logging.root.handlers[:], logging.root.level, logging.root.manager.disable
+    export_onnx(model, file, opset=20)
+    quantize_onnx(file, file.with_name("int8.onnx"))
+    assert before == (logging.root.handlers[:], logging.root.level, logging.root.manager.disable)
+    return model, file
+
+
+def ids_of(n_rows, n_tokens, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, (n_rows, n_tokens))
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).numpy()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (3, 17)])
+def test_one_pass_equals_ours_for_any_batch_and_length(case, shape):
+    model, file = case
+    onnx, ids = OnnxModel(file, n_threads=1), ids_of(*shape)
+    logits, past = onnx.forward(ids, onnx.empty_past(shape[0]))
+    np.testing.assert_allclose(logits, logits_of(model, ids), atol=TOLERANCE, rtol=0)
+    assert past[0].shape() == [shape[0], 2, shape[1], 8]
+
+
+@pytest.mark.parametrize("cuts", [[5], [1, 2, 3], [20, 21, 22]])
+def test_passes_over_pieces_with_the_cache_equal_one_pass(case, cuts):
+    model, file = case
+    onnx, ids = OnnxModel(file, n_threads=1), ids_of(2, 24)
+    past, pieces = onnx.empty_past(2), []
+    for piece in np.split(ids, cuts, axis=1):
+        logits, past = onnx.forward(piece, past)
+        pieces.append(logits)
+    joined = np.concatenate(pieces, axis=1)
+    np.testing.assert_allclose(joined, logits_of(model, ids), atol=TOLERANCE, rtol=0)
+
+
+def test_a_row_padded_on_the_left_equals_the_row_alone(case):
+    model, file = case
+    onnx, ids = OnnxModel(file, n_threads=1), ids_of(2, 12)
+    mask = np.ones((2, 12), np.int64)
+    mask[1, :5] = 0
+    logits, past = onnx.forward(ids, onnx.empty_past(2), mask)
+    new = ids_of(2, 1, seed=9)
+    step, _ = onnx.forward(new, past, np.concatenate((mask, np.ones((2, 1), np.int64)), axis=1))
+    alone = logits_of(model, np.concatenate((ids[1:, 5:], new[1:]), axis=1))
+    np.testing.assert_allclose(logits[1:, 5:], alone[:, :-1], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(step[1:], alone[:, -1:], atol=TOLERANCE, rtol=0)
+
+
+def test_greedy_text_equals_ours_to_the_end_of_the_context(case):
+    model, file = case
+    prompt = ids_of(1, 7)[0].tolist()
+    expected = list(generate(model, prompt, SamplingParams(max_new_tokens=57), ()))
+    answer, steps = OnnxModel(file, n_threads=1).greedy(prompt, 57)
+    assert answer == expected
+    assert len(set(expected)) > 4  # a text that wanders
+    full = logits_of(model, np.array([[*prompt, *expected[:-1]]]))[0, 6:]
+    np.testing.assert_allclose(steps, full, atol=TOLERANCE, rtol=0)
+
+
+def test_same_model_gives_the_same_bytes(case, tmp_path):
+    model, file = case
+    export_onnx(model, tmp_path / "again.onnx", opset=20)
+    assert (tmp_path / "again.onnx").read_bytes() == file.read_bytes()
+
+
+def test_file_names_no_machine_and_no_source_line(case):
+    for content in (path.read_bytes() for path in case[1].parent.glob("*.onnx")):
+        for word in (str(Path.cwd()), str(Path.home()), "site-packages", ".py", "/tmp"):
+            assert word.encode() not in content
+
+
+def test_int8_is_smaller_and_close(case):
+    model, file = case
+    int8 = OnnxModel(file.with_name("int8.onnx"), n_threads=1)
+    ids = ids_of(1, 40)
+    ours, theirs = logits_of(model, ids)[0], int8.logits(ids[0].tolist())
+    noise = np.linalg.norm(theirs - ours) / np.linalg.norm(ours)
+    # 7 bits and a sign for weights and activations: 1/254 of the block's largest each, 14 matrices
+    assert 1e-4 < noise < 0.05
+    operators = _operators(file.with_name("int8.onnx"))
+    assert operators.count("MatMulNBits") == 2 * 7 + 1  # every matrix, and the tied head
+
+
+def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path):
+    with pytest.raises(ArtifactError, match="no such file; build it"):
+        OnnxModel(tmp_path / "model.onnx", n_threads=1)
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(ArtifactError, match=r"^[^\n]*model\.onnx: ONNX Runtime cannot[^\n]*$"):
+        OnnxModel(tmp_path / "model.onnx", n_threads=1)
+
+
+def _operators(path):
+    import onnx
+
+    return [node.op_type for node in onnx.load(path).graph.node]

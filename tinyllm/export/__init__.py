@@ -1,0 +1,1 @@
+"""A trained model in the formats that other runtimes read."""

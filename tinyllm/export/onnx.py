@@ -1,0 +1,174 @@
+"""A model as one ONNX file whose key-value cache goes in and comes out.
+
+Inputs: `input_ids` (B, T), `attention_mask` (B, P + T) with 0 for padding on the left,
+`position_ids` (B, T), and per layer `past_key_values.N.key` and `.value` (B, G, P, K); P may be 0.
+Outputs: `logits` (B, T, V) and per layer `present.N.key` and `.value` (B, G, P + T, K). These are
+Optimum's names. The model itself is exported unchanged: only its cache is another one.
+
+A cache in a registered buffer would be dropped by the exporter without a warning; hence arguments.
+Dimensions: B batch, T new positions, P earlier positions, G key-value heads, K head width.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllm.errors import DataError
+from tinyllm.model.sizes import ModelConfig
+from tinyllm.model.transformer import Transformer
+
+LayerPast = tuple[Tensor, Tensor]
+LOGITS = "logits"
+MAX_BYTES = 2_000_000_000
+"""A protobuf message, and so a single file, must stay below 2 GiB."""
+
+
+def past_names(n_layers: int) -> list[str]:
+    """Return the names of the cache inputs in order: layer by layer, key before value."""
+    return [f"past_key_values.{i}.{part}" for i in range(n_layers) for part in ("key", "value")]
+
+
+def present_names(n_layers: int) -> list[str]:
+    """Return the names of the cache outputs, in the order of `past_names`."""
+    return [f"present.{i}.{part}" for i in range(n_layers) for part in ("key", "value")]
+
+
+def export_onnx(model: Transformer, path: Path, opset: int) -> None:
+    """Write the ONNX file of a float model; the same model gives the same bytes.
+
+    Args:
+        model: in fp32 on the CPU, in evaluation mode.
+        path: of the file; its folder exists.
+        opset: version of the operator set.
+
+    Raises:
+        DataError: the weights do not fit into one file.
+    """
+    n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    if n_bytes > MAX_BYTES:
+        raise DataError(
+            f"{path}: {n_bytes} bytes of weights do not fit into one ONNX file of {MAX_BYTES};"
+            " export a smaller model"
+        )
+    n_layers = model.config.n_layers
+    with quiet():
+        program = torch.onnx.export(
+            _WithCache(model).eval(),
+            _example(model.config),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["input_ids", "attention_mask", "position_ids", *past_names(n_layers)],
+            output_names=[LOGITS, *present_names(n_layers)],
+            dynamic_shapes=_dynamic_shapes(n_layers),
+            external_data=False,
+            verbose=False,
+        )
+        assert program is not None
+        save_proto(program.model_proto, path)
+
+
+def save_proto(proto: Any, path: Path) -> None:
+    """Write an ONNX model without what changes from machine to machine.
+
+    The exporter notes the Python stack of every node, with absolute paths, and the shapes it
+    inferred, which a runtime infers again.
+    """
+    graph = proto.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer, graph, proto):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    del graph.value_info[:]
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter and the quantiser: notes about their own inside, on every run.
+
+    Importing ONNX Runtime's quantiser also configures the root logger; that is undone.
+    """
+    root, disabled = logging.getLogger(), logging.root.manager.disable
+    handlers, level = root.handlers[:], root.level
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+class _Layer:
+    """A `LayerCache` that keeps nothing in place: new tensors instead."""
+
+    def __init__(self, past: LayerPast) -> None:
+        self.k, self.v = past
+
+    def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return earlier and new keys and values, both (B, G, P + T, K)."""
+        self.k, self.v = torch.cat((self.k, k_BGTK), dim=2), torch.cat((self.v, v_BGTK), dim=2)
+        return self.k, self.v
+
+
+class _Cache:
+    """A `Cache` over given positions and a given mask."""
+
+    def __init__(self, past: Sequence[LayerPast], positions_BT: Tensor, mask: Tensor) -> None:
+        self.layers = [_Layer(layer) for layer in past]
+        self._plan = positions_BT, mask
+
+    def plan(self, n_tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Return what was given; the number of tokens is in its shape."""
+        return self._plan
+
+
+class _WithCache(nn.Module):
+    """The model with its cache as argument and result."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[LayerPast],
+    ) -> tuple[Tensor, list[LayerPast]]:
+        n_past, T = past[0][0].shape[2], input_ids.shape[1]
+        causal_TS = torch.arange(attention_mask.shape[1]) <= (n_past + torch.arange(T))[:, None]
+        mask_B1TS = causal_TS & (attention_mask > 0)[:, None, None, :]
+        cache = _Cache(past, position_ids, mask_B1TS)
+        logits = self.model(input_ids, cache=cache)
+        return logits, [(layer.k, layer.v) for layer in cache.layers]
+
+
+def _example(config: ModelConfig) -> tuple[Any, ...]:
+    """Return inputs of sizes above 1 that all differ: the exporter bakes equal ones together."""
+    B, T, P = 2, 3, 4
+    past = [
+        (
+            torch.zeros(B, config.n_kv_heads, P, config.d_head),
+            torch.zeros(B, config.n_kv_heads, P, config.d_head),
+        )
+        for _ in range(config.n_layers)
+    ]
+    ids = torch.zeros(B, T, dtype=torch.long)
+    mask = torch.ones(B, P + T, dtype=torch.long)
+    return ids, mask, torch.arange(P, P + T).repeat(B, 1), past
+
+
+def _dynamic_shapes(n_layers: int) -> tuple[Any, ...]:
+    """Return which dimensions of `_example` are free, by name."""
+    cache = {0: "batch", 2: "past"}
+    tokens = {0: "batch", 1: "seq"}
+    return tokens, {0: "batch", 1: "total"}, tokens, [(cache, cache)] * n_layers

@@ -1,0 +1,227 @@
+"""Proof that an exported model is the same model: other runtimes against ours, in fp32.
+
+Our model is the reference. Every runtime reads the same held-out tokens in one pass, then continues
+the prompts greedily with its own cache. Equal logits in one pass prove the weights and the
+arithmetic; equal tokens prove the cache. Dimensions: T positions, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tinyllm.errors import GateError
+from tinyllm.inference.generate import generate
+from tinyllm.inference.sampling import SamplingParams
+from tinyllm.model.transformer import Transformer
+from tinyllm.tokenizer.chat import ChatTemplate, Message
+from tinyllm.tokenizer.tokenizer import Tokenizer
+
+Logits = npt.NDArray[np.float32]
+
+
+class Runtime(Protocol):
+    """Something that runs the model."""
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Return the logits of every position of one sequence, (T, V), in one pass."""
+
+    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> tuple[list[int], Logits]:
+        """Return the likeliest continuation and the logits each token was taken from."""
+
+
+class TextRuntime(Protocol):
+    """Something that turns text and conversations into token ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+
+    def render(self, chat: Sequence[Message]) -> tuple[str, list[int]]:
+        """Return a conversation that waits for an answer, as text and as ids."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What our model says about one prompt."""
+
+    prompt_ids: list[int]
+    """Where the text begins."""
+    answer: list[int]
+    """Our greedy continuation."""
+    logits: Logits
+    """(prompt + answer - 1, V): of every position that predicts another one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parity:
+    """How far one runtime is from ours."""
+
+    positions: int
+    """Compared in one pass."""
+    max_logit_diff: float
+    """Largest |difference| of a logit in one pass."""
+    top1_agreement: float
+    """Share of positions with the same likeliest token."""
+    greedy_tokens: int
+    """Asked for, over all prompts."""
+    greedy_equal_tokens: int
+    """Before the first different one, over all prompts."""
+    max_cached_logit_diff: float
+    """Largest |difference| while the continuations are equal: of the cached path."""
+    divergence_margin: float
+    """Our gap between the two likeliest tokens where a continuation parts; 0 if none does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextParity:
+    """How far another tokenizer and chat template are from ours."""
+
+    texts: int
+    """Compared."""
+    text_tokens: int
+    """Of them, by our count."""
+    unequal_texts: int
+    """With other ids."""
+    chats: int
+    """Compared, as text and as ids."""
+    unequal_chats: int
+    """With another text or other ids."""
+
+
+def build_references(
+    model: Transformer, prompts: Sequence[list[int]], n_tokens: int
+) -> list[Reference]:
+    """Continue every prompt greedily with our model and keep its logits.
+
+    Args:
+        model: float, on the CPU, in evaluation mode.
+        prompts: token ids; each shorter than the context.
+        n_tokens: to continue with; fewer where the context ends.
+    """
+    references = []
+    for prompt_ids in prompts:
+        n = min(n_tokens, model.config.max_seq_len - len(prompt_ids))
+        answer = list(generate(model, prompt_ids, SamplingParams(max_new_tokens=n), ()))
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt_ids, *answer[:-1]]]))[0].numpy()
+        references.append(Reference(prompt_ids=prompt_ids, answer=answer, logits=logits))
+    return references
+
+
+def compare(references: Sequence[Reference], runtime: Runtime) -> Parity:
+    """Measure a runtime against ours."""
+    positions, agreed, n_equal, asked, margin = 0, 0, 0, 0, 0.0
+    diffs, cached_diffs = [], []
+    for reference in references:
+        theirs = runtime.logits([*reference.prompt_ids, *reference.answer[:-1]])
+        diffs.append(np.abs(theirs - reference.logits).max())
+        agreed += int((theirs.argmax(-1) == reference.logits.argmax(-1)).sum())
+        positions += len(theirs)
+        answer, steps = runtime.greedy(reference.prompt_ids, len(reference.answer))
+        n = _n_equal(answer, reference.answer)
+        ours = reference.logits[len(reference.prompt_ids) - 1 :]
+        seen = min(n + 1, len(ours))  # the step that parts was still taken after an equal text
+        cached_diffs.append(np.abs(steps[:seen] - ours[:seen]).max())
+        if n < len(reference.answer):
+            second, first = np.sort(ours[n])[-2:]
+            margin = max(margin, float(first - second))
+        n_equal += n
+        asked += len(reference.answer)
+    return Parity(
+        positions=positions,
+        max_logit_diff=float(np.max(diffs)),  # a NaN stays, unlike with max()
+        top1_agreement=agreed / positions,
+        greedy_tokens=asked,
+        greedy_equal_tokens=n_equal,
+        max_cached_logit_diff=float(np.max(cached_diffs)),
+        divergence_margin=margin,
+    )
+
+
+def compare_text(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    texts: Sequence[str],
+    chats: Sequence[Sequence[Message]],
+    theirs: TextRuntime,
+) -> TextParity:
+    """Measure another tokenizer and chat template against ours."""
+    encoded = tokenizer.encode_batch(list(texts))
+    unequal_texts = sum(
+        theirs.encode(text) != ids for text, ids in zip(texts, encoded, strict=True)
+    )
+    unequal_chats = 0
+    for chat in chats:
+        ids, _ = template.encode(chat, tokenizer, add_generation_prompt=True)
+        ours = template.render(chat, add_generation_prompt=True), ids
+        unequal_chats += theirs.render(chat) != ours
+    return TextParity(
+        texts=len(texts),
+        text_tokens=sum(map(len, encoded)),
+        unequal_texts=unequal_texts,
+        chats=len(chats),
+        unequal_chats=unequal_chats,
+    )
+
+
+def check_parity(exact: Mapping[str, Parity], text: TextParity, max_logit_diff: float) -> None:
+    """Refuse an export that is not the same model.
+
+    Continuations may part only at a tie: where our two likeliest tokens are closer than twice the
+    largest allowed difference, rounding alone decides.
+
+    Args:
+        exact: the runtimes that compute in fp32, by name.
+        text: tokenizer and chat template.
+        max_logit_diff: the largest allowed one.
+
+    Raises:
+        GateError: one line per failure.
+    """
+    problems = []
+    for name, parity in exact.items():
+        worst = float(np.max([parity.max_logit_diff, parity.max_cached_logit_diff]))
+        if not worst <= max_logit_diff:  # a NaN must fail
+            problems.append(
+                f"{name}: logits differ from ours by {worst:.2g}, allowed are {max_logit_diff:g}"
+                " (export.max_logit_diff)"
+            )
+        if parity.divergence_margin > 2 * max_logit_diff:
+            problems.append(
+                f"{name}: greedy text parts from ours after {parity.greedy_equal_tokens} of"
+                f" {parity.greedy_tokens} tokens, by a margin of {parity.divergence_margin:.2g}"
+            )
+    if text.unequal_texts:
+        problems.append(f"tokenizer: {text.unequal_texts} of {text.texts} texts get other ids")
+    if text.unequal_chats:
+        problems.append(f"chat template: {text.unequal_chats} of {text.chats} conversations differ")
+    if problems:
+        raise GateError(
+            "\n".join(f"export: {problem}; the export was not written" for problem in problems)
+        )
+
+
+def cut_prompts(texts: Sequence[list[int]], n_prompts: int, n_tokens: int) -> list[list[int]]:
+    """Return passages spread evenly over encoded texts, one text after the other.
+
+    >>> cut_prompts([[1, 2, 3, 4], [5, 6]], 3, 2)
+    [[1, 2], [5, 6], [3, 4]]
+    """
+    rounds = -(-n_prompts // len(texts))
+    passages = []
+    for i in range(n_prompts):
+        text, turn = texts[i % len(texts)], i // len(texts)
+        start = max(0, (len(text) - n_tokens) * turn // max(1, rounds - 1))
+        passages.append(text[start : start + n_tokens])
+    return passages
+
+
+def _n_equal(answer: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens are equal before the first different one."""
+    for i, (a, b) in enumerate(zip(answer, other, strict=True)):
+        if a != b:
+            return i
+    return len(other)
