@@ -1,0 +1,1 @@
+"""Chat examples with loss masks, and LoRA."""
