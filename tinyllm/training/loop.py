@@ -1,0 +1,278 @@
+"""The training loop of pretraining, SFT and LoRA.
+
+What happens now and then (log, evaluate, sample, save) stands around one plain step. A run that was
+killed goes on where its last checkpoint was, and ends with the same bits.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tinyllm import paths
+from tinyllm.errors import Interrupted, ParamsError, TrainingError
+from tinyllm.model.init import count_parameters
+from tinyllm.model.transformer import Transformer
+from tinyllm.progress import Progress
+from tinyllm.shards.batches import Batches
+from tinyllm.training import speed
+from tinyllm.training.compiling import should_compile
+from tinyllm.training.determinism import deterministic
+from tinyllm.training.history import History
+from tinyllm.training.params import TrainingParams
+from tinyllm.training.precision import DTYPES, choose_device, use_threads
+from tinyllm.training.rng import rng_state, seed_everything, set_rng_state
+from tinyllm.training.state import State, Store, open_store
+from tinyllm.training.step import Stepper
+from tinyllm.training.stop import Watch, watch
+
+Evaluate = Callable[[Transformer], dict[str, float]]
+Sample = Callable[[Transformer], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What a finished run has to tell; the model itself was trained in place."""
+
+    curve: list[dict[str, float | int]]
+    """A row per `log_every` steps: step, train_loss, grad_norm, lr_share, evaluations."""
+    samples: list[dict[str, Any]]
+    """`{"step": ..., "text": ...}`, from before the first step to after the last."""
+    metrics: dict[str, float | int]
+    """Numbers about the whole run; a unit ends each name."""
+
+
+def train(
+    model: Transformer,
+    params: TrainingParams,
+    batches: Batches,
+    *,
+    evaluate: Evaluate,
+    sample: Sample | None,
+    stage: str,
+    identity: Mapping[str, Any],
+    seed: int,
+    progress: Progress,
+) -> TrainResult:
+    """Train the parameters of `model` that require a gradient, in place; it ends on the CPU.
+
+    Args:
+        model: in fp32.
+        params: the run's knobs.
+        batches: micro-batch i of the run is `batches.batch(i)`, wherever the run is resumed.
+        evaluate: figures of the model as it is, for the curve; called in evaluation mode.
+        sample: a text by the model as it is, likewise; None: no samples.
+        stage: names the folder of the stored state and the progress.
+        identity: JSON values of everything that shapes the trajectory; a stored run with the same
+            identity is resumed.
+        seed: of the global random generators.
+        progress: what is told meanwhile.
+
+    Raises:
+        ParamsError: sequences are longer than the model serves.
+        TrainingError: the loss is not finite, or another process trains this run.
+        Interrupted: stopped by a signal or because DVC died; the state is saved.
+    """
+    if params.seq_len > model.config.max_seq_len:
+        raise ParamsError(
+            f"{stage}.seq_len: {params.seq_len} is more than the model serves;"
+            f" raise model.max_seq_len = {model.config.max_seq_len} or lower it"
+        )
+    device, threads = choose_device(), use_threads()
+    seed_everything(seed)
+    model.to(device).train()
+    with open_store(paths.inflight_root(), stage, identity, progress) as store, watch() as watching:
+        stored = _find_state(store, stage, progress)
+        run = _Run(model, params, batches, evaluate, sample, stage, device, store, progress)
+        run.begin(stored, threads)
+        with deterministic(wanted=run.stepper.compiled and device.type == "cpu"):
+            run.finish(watching)
+        store.prune_others()
+        result = run.result()
+    model.to("cpu").eval()
+    return result
+
+
+def _find_state(store: Store, stage: str, progress: Progress) -> State | None:
+    """Return the state to resume, and say what is done and why."""
+    if os.environ.get("TINYLLM_FRESH") == "1":
+        store.clear()
+        progress.say(f"{stage}: FRESH, as TINYLLM_FRESH=1 asks")
+        return None
+    state = store.load()
+    if state is not None:
+        progress.say(f"{stage}: RESUME at step {state['step']}")
+        return state
+    others = store.differences()
+    known = f"; another run is stored {others[0]}" if others else ""
+    progress.say(f"{stage}: FRESH{known}")
+    return None
+
+
+class _Run:
+    """One run between its first and its last step."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: TrainingParams,
+        batches: Batches,
+        evaluate: Evaluate,
+        sample: Sample | None,
+        stage: str,
+        device: torch.device,
+        store: Store,
+        progress: Progress,
+    ) -> None:
+        self.model, self.params, self.batches = model, params, batches
+        self.evaluate, self.sample = evaluate, sample
+        self.stage, self.device, self.store, self.progress = stage, device, store, progress
+        self.flops_per_token = speed.flops_per_token(model, params.seq_len)
+        self.history = History(params, device)
+        self.step = 0
+        self.peak_memory_bytes = 0
+
+    def begin(self, stored: State | None, threads: int) -> None:
+        """Build what makes steps and bring it to where the stored state ends."""
+        wanted = should_compile(self.params, self.flops_per_token, self.device)
+        compiled = wanted if stored is None else stored["compiled"]
+        self.model.checkpoint_blocks = self.params.checkpoint_blocks
+        self.threads = threads
+        self.stepper = Stepper(
+            self.model, self.params, self.device, compiled=compiled, progress=self.progress
+        )
+        how = "compiled (the first step takes half a minute)" if compiled else "eager"
+        self.progress.say(
+            f"{self.stage}: {self.params.precision} on {self.device}, {threads} threads, {how}"
+        )
+        if stored is None:
+            self._evaluate_and_sample(first=True)
+            return
+        if (stored["threads"], stored["device"]) != (threads, self.device.type):
+            self.progress.say(
+                f"{self.stage}: began on {stored['device']} with {stored['threads']} threads;"
+                " the last bits may differ from an undisturbed run"
+            )
+        self.stepper.load_state(stored)
+        self.history.load_state(stored["history"])
+        set_rng_state(stored["rng"])
+        self.step, self.peak_memory_bytes = stored["step"], stored["peak_memory_bytes"]
+
+    def finish(self, watching: Watch) -> None:
+        """Make all steps that are left."""
+        while self.step < self.params.steps:
+            if watching.should_stop():
+                self._leave(watching)
+            self._advance()
+            last = self.step == self.params.steps
+            self._evaluate_and_sample()
+            if last or _is_due(self.step, self.params.save_every):
+                self._save()
+
+    def result(self) -> TrainResult:
+        """Return the curve, the samples and the metrics of the finished run."""
+        tokens_per_s = self.params.tokens_per_step / self.history.median_step_s()
+        peak = speed.peak_flops_per_s(DTYPES[self.params.precision], self.device)
+        return TrainResult(
+            curve=self.history.curve(),
+            samples=self.history.samples,
+            metrics={
+                "steps": self.params.steps,
+                "train_loss": self.history.last_loss(),
+                "tokens": self.params.tokens_per_step * self.params.steps,
+                "tokens_per_s": tokens_per_s,
+                "mfu": self.flops_per_token * tokens_per_s / peak,
+                "peak_memory_bytes": self.peak_memory_bytes,
+                "seconds": self.history.total_s(),
+                "parameters": count_parameters(self.model),
+                "compiled": int(self.stepper.compiled),
+            },
+        )
+
+    def _advance(self) -> None:
+        """Make one step; look at its figures when that does not make a GPU wait."""
+        first = self.step * self.params.accumulate
+        micro = [self.batches.batch(first + i) for i in range(self.params.accumulate)]
+        loss, norm = self.stepper.run(self.step, micro)
+        self.history.add(self.step, loss, norm)
+        self.step += 1
+        if self.device.type == "cpu" or self._is_anything_due():
+            self._look()
+
+    def _is_anything_due(self) -> bool:
+        """Return whether this step is logged, evaluated, sampled or saved."""
+        params = self.params
+        every = (params.log_every, params.eval_every, params.sample_every, params.save_every)
+        return self.step == params.steps or any(_is_due(self.step, n) for n in every)
+
+    def _look(self) -> None:
+        """Read the figures of the steps since the last look.
+
+        Raises:
+            TrainingError: a loss among them is not finite; nothing after it was saved.
+        """
+        bad = self.history.look(self.step)
+        if bad is not None:
+            kept = self.store.last_step
+            good = "there is none yet" if kept is None else f"it is kept at step {kept}"
+            raise TrainingError(
+                f"{self.stage}: the loss is not finite at step {bad + 1} of {self.params.steps};"
+                f" last good checkpoint: {good}; lower lr or muon_lr, raise warmup_steps,"
+                " or set clip_norm to 1"
+            )
+        figures = {"loss": self.history.recent_loss(self.step)}
+        figures["tokens_per_s"] = self.params.tokens_per_step / self.history.last_step_s(self.step)
+        self.progress.step(self.stage, self.step, self.params.steps, **figures)
+
+    def _evaluate_and_sample(self, *, first: bool = False) -> None:
+        """Evaluate and sample if it is time to: first, now and then, last."""
+        edge = first or self.step == self.params.steps
+        evaluate = edge or _is_due(self.step, self.params.eval_every)
+        sample = self.sample is not None and (edge or _is_due(self.step, self.params.sample_every))
+        if not evaluate and not sample:
+            return
+        self.model.eval()
+        with torch.no_grad():
+            if evaluate:
+                self.history.add_evaluation(self.step, self.evaluate(self.model))
+            if sample and self.sample is not None:
+                self.history.add_sample(self.step, self.sample(self.model))
+        self.model.train()
+        self.history.restart_clock()
+
+    def _save(self) -> None:
+        """Store everything that a resumed run needs."""
+        now = speed.peak_memory_bytes(self.device)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, now)
+        self.store.save(
+            {
+                "step": self.step,
+                **self.stepper.state(),
+                "history": self.history.state(),
+                "rng": rng_state(),
+                "compiled": self.stepper.compiled,
+                "threads": self.threads,
+                "device": self.device.type,
+                "peak_memory_bytes": self.peak_memory_bytes,
+            }
+        )
+        self.history.restart_clock()
+
+    def _leave(self, watching: Watch) -> None:
+        """Save and stop."""
+        if self.step > 0:
+            self._look()
+        self._save()
+        saved = "nothing is saved" if self.store.last_step is None else "run again to go on"
+        raise Interrupted(
+            f"{self.stage}: {watching.reason}: stopped at step {self.step},"
+            f" last checkpoint: {self.store.last_step or 0}; {saved}",
+            code=watching.code,
+        )
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Return whether something that happens every so many steps happens now; 0: never."""
+    return every > 0 and step % every == 0

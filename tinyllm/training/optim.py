@@ -1,0 +1,95 @@
+"""Which parameter is updated by which optimizer, and with which rate and decay.
+
+| parameter                | adamw, adamw8bit       | muon                            |
+|--------------------------|------------------------|---------------------------------|
+| matrices in blocks       | AdamW, decay           | Muon, decay                     |
+| embedding, head          | AdamW, decay           | AdamW, decay                    |
+| norms (vectors)          | AdamW, no decay        | AdamW, no decay                 |
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tinyllm.errors import TrainingError
+from tinyllm.training.muon import Muon
+from tinyllm.training.params import TrainingParams
+
+VOCABULARY_LAYERS = ("embed_tokens", "lm_head")
+"""Their rows belong to tokens, not to directions of one space: never orthogonalised."""
+EPS = 1e-8
+
+
+def build_optimizers(model: nn.Module, params: TrainingParams) -> list[Optimizer]:
+    """Return the optimizers of all parameters that require a gradient.
+
+    Each of their groups remembers its peak rate under `peak_lr`; `set_lr` sets the present one.
+
+    Raises:
+        TrainingError: nothing to train, or the optimizer's package is not usable.
+    """
+    hidden, tables, vectors = _sort_parameters(model)
+    if not hidden + tables + vectors:
+        raise TrainingError("no parameter of the model requires a gradient; nothing to train")
+    optimizers: list[Optimizer] = []
+    if params.optimizer == "muon":
+        if hidden:
+            optimizers.append(Muon(hidden, params.muon_lr, params.weight_decay))
+        hidden = []
+    groups = [
+        {"params": hidden + tables, "weight_decay": params.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        optimizers.append(_build_adamw(groups, params))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: Sequence[Optimizer], share: float) -> None:
+    """Set every group's rate to a share of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak_lr"]
+
+
+def _sort_parameters(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Return trainable matrices of blocks, of the vocabulary, and everything without two axes."""
+    hidden: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim != 2:
+            vectors.append(parameter)
+        elif any(part in VOCABULARY_LAYERS for part in name.split(".")):
+            tables.append(parameter)
+        else:
+            hidden.append(parameter)
+    return hidden, tables, vectors
+
+
+def _build_adamw(groups: list[dict[str, object]], params: TrainingParams) -> Optimizer:
+    """Return AdamW with fp32 states (one fused kernel) or with 8-bit states."""
+    betas = (params.beta1, params.beta2)
+    if params.optimizer != "adamw8bit":
+        return torch.optim.AdamW(groups, lr=params.lr, betas=betas, eps=EPS, fused=True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"optimizer: adamw8bit: bitsandbytes does not load ({reason}); use adamw"
+        ) from None
+    build: Callable[..., Optimizer] = AdamW8bit
+    return build(groups, lr=params.lr, betas=betas, eps=EPS)

@@ -1,0 +1,131 @@
+"""One optimizer step: losses of the micro-batches, gradients, clipping, update.
+
+Knows nothing about files, curves or time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllm.model.transformer import Transformer, next_token_loss
+from tinyllm.progress import Progress
+from tinyllm.shards.batches import Batch
+from tinyllm.training.compiling import compile_loss, is_compile_failure
+from tinyllm.training.optim import build_optimizers, set_lr
+from tinyllm.training.params import TrainingParams
+from tinyllm.training.precision import autocast, build_scaler, plain_attention
+from tinyllm.training.schedule import lr_share
+
+IGNORED_TARGET = -100
+PLAIN_ATTENTION_TOKENS = 512
+"""Longest sequence whose table of scores, the square of it, is cheap to keep on a CPU."""
+
+
+class Stepper:
+    """A model with its optimizers; `run` makes one step of it."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: TrainingParams,
+        device: torch.device,
+        *,
+        compiled: bool,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.params = params
+        self.device = device
+        self.compiled = compiled
+        self.optimizers = build_optimizers(model, params)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.scaler = build_scaler(params.precision, device)
+        self._progress = progress
+        self._plain_pays = device.type == "cpu" and params.seq_len <= PLAIN_ATTENTION_TOKENS
+        self._loss = compile_loss(self._eager_loss) if compiled else self._eager_loss
+
+    def run(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """Make update number `step` with the gradient of all micro-batches together.
+
+        Returns:
+            The loss in nats per token before the update and the gradient's L2 norm before clipping,
+            two scalars on the device.
+        """
+        set_lr(self.optimizers, lr_share(step, self.params))
+        try:
+            loss = self._backward(batches)
+        except Exception as error:
+            if not self.compiled or not is_compile_failure(error):
+                raise
+            self._fall_back(error)
+            loss = self._backward(batches)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = self._clip()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return loss, norm
+
+    def state(self) -> dict[str, Any]:
+        """Return all that shapes the next step, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned in another process."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Add up the gradients; the loss is divided by the targets of all micro-batches.
+
+        Dividing each by its own count would weigh a token by how few its neighbours are.
+        """
+        n_targets = max(1, sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches))
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            documents = None if batch.document_ids is None else self._move(batch.document_ids)
+            with plain_attention(wanted=self.compiled and self._plain_pays):
+                loss = self._loss(self._move(batch.ids), self._move(batch.targets), documents)
+            loss = loss / n_targets
+            torch.autograd.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        return total
+
+    def _eager_loss(self, ids: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
+        """Return the summed loss of one micro-batch."""
+        with autocast(self.params.precision, self.device):
+            return next_token_loss(self.model(ids, document_ids=documents), targets)
+
+    def _clip(self) -> Tensor:
+        """Shorten the gradient to `clip_norm`; return its norm before that.
+
+        Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
+        """
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.params.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.params.clip_norm, norm)
+        return norm
+
+    def _move(self, array: np.ndarray) -> Tensor:
+        """Return a batch's array on the device, without waiting for the copy."""
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _fall_back(self, error: Exception) -> None:
+        """Go on without the compiler; nothing has been updated yet."""
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        self._progress.say(f"torch.compile does not work here, going on without it: {reason[:200]}")
+        self.compiled, self._loss = False, self._eager_loss
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
