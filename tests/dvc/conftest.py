@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 40
+STEPS = 200
 NOUNS = (
     "king",
     "queen",
@@ -124,29 +124,36 @@ def template(tmp_path_factory) -> Path:
 def shrink(project: Project) -> None:
     """Make the pipeline a matter of seconds."""
     source = {"kind": "file", "sha256": None, "members": None, "encoding": "utf-8"}
-    training = {"steps": STEPS, "seq_len": 32, "batch_size": 4, "warmup_steps": 2, "save_every": 3}
-    training |= {"eval_every": 20, "sample_every": 0, "log_every": 1, "compile": "off"}
+    source |= {"text_field": None}
+    training = {"steps": STEPS, "seq_len": 32, "batch_size": 4, "warmup_steps": 2, "save_every": 5}
+    training |= {"eval_every": 50, "sample_every": 0, "log_every": 1, "compile": "off"}
+    stages = ("pretrain", "sft", "lora")
     project.set(
-        data__sources={
-            "tales": {**source, "path": "corpus/*.txt", "format": "txt", "text_field": None}
-        },
+        data__sources={"tales": {**source, "path": "corpus/*.txt", "format": "txt"}},
         clean__val_documents=["tale-03", "tale-17"],
+        clean__languages=[],
         tokenizer__vocab_size=400,
         prune__vocab_size=360,
         model__d=32,
         model__n_layers=1,
         model__n_heads=2,
         model__max_seq_len=64,
-        chat__sources={
-            "talks": {**source, "path": "corpus/*.yml", "format": "yaml", "text_field": None}
-        },
+        chat__sources={"talks": {**source, "path": "corpus/*.yml", "format": "yaml"}},
+        chat__alternative_topics=[],
         chat__lora_topics=["bread"],
         chat__max_tokens=32,
-        **{
-            f"{stage}__{key}": value
-            for stage in ("pretrain", "sft", "lora")
-            for key, value in training.items()
-        },
+        quantize__seq_len=32,
+        quantize__max_bpb_increase_share=0.05,  # a model of 17,000 weights has none to spare
+        export__prompts=1,
+        export__prompt_tokens=8,
+        export__greedy_tokens=10,
+        benchmark__prompt_tokens=8,
+        benchmark__decode_tokens=4,
+        benchmark__decode_no_cache_tokens=2,
+        benchmark__rounds=1,
+        benchmark__eval_tokens=500,
+        benchmark__eval_seq_len=32,
+        **{f"{stage}__{key}": value for stage in stages for key, value in training.items()},
     )
 
 

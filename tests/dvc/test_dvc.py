@@ -12,10 +12,6 @@ pytestmark = pytest.mark.slow
 AFTER_SFT = ["sft", "lora", "quantize", "export", "benchmark", "report"]
 
 
-def metrics(project, stage):
-    return json.loads((project.root / f"reports/{stage}/metrics.json").read_text())[stage]
-
-
 def test_a_second_repro_runs_nothing_and_is_quick(project):
     project.run("dvc", "repro")  # a moved repository is hashed once
     started = time.monotonic()
@@ -35,9 +31,7 @@ def test_a_knob_of_sft_leaves_everything_before_it_alone(project):
     project.set(sft__lr=3e-5)
     done = project.run("dvc", "repro")
     assert project.stages_run(done) == AFTER_SFT
-    assert metrics(project, "pretrain") == metrics(project, "pretrain")
-    row = project.run("dvc", "params", "diff").stdout
-    assert "sft.lr" in row
+    assert "sft.lr" in project.run("dvc", "params", "diff").stdout
 
 
 def test_there_and_back_comes_from_the_run_cache(project):
