@@ -132,6 +132,8 @@ def shrink(project: Project) -> None:
         data__sources={"tales": {**source, "path": "corpus/*.txt", "format": "txt"}},
         clean__val_documents=["tale-03", "tale-17"],
         clean__languages=[],
+        clean__top_n_grams={},  # forty words in all orders repeat themselves
+        clean__dup_n_grams={},
         tokenizer__vocab_size=400,
         prune__vocab_size=360,
         model__d=32,
