@@ -2,7 +2,14 @@ import json
 
 import pytest
 
-from tinyllm.artifact import build_artifact, load_manifest, merge_lineage, verify_files, write_text
+from tinyllm.artifact import (
+    build_artifact,
+    load_manifest,
+    merge_lineage,
+    verify_files,
+    write_json,
+    write_text,
+)
 from tinyllm.errors import ArtifactError, LineageError
 
 
@@ -106,3 +113,13 @@ def test_write_text_breaks_hard_links(tmp_path):
     out.hardlink_to(cached)
     write_text(out, "new")
     assert cached.read_text() == "cached"
+
+
+def test_json_is_text_for_dvc_whatever_is_in_it(tmp_path):
+    from dvc_data.hashfile.istextfile import istextfile
+    from dvc_objects.fs.local import LocalFileSystem
+
+    value = [{"text": "\ufffd\u4e16\x7f" * 50}]
+    write_json(tmp_path / "a.json", value)
+    assert istextfile(str(tmp_path / "a.json"), LocalFileSystem())
+    assert json.loads((tmp_path / "a.json").read_text()) == value

@@ -203,8 +203,12 @@ def digest_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value, sorted and indented, in place of what was there."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    """Write a JSON value, sorted and indented, in place of what was there.
+
+    In ASCII: DVC takes a short file of many other characters, such as a sample of a model that has
+    learned nothing yet, for a binary one and fails.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
     write_text(path, text + "\n")
 
 
