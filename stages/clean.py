@@ -31,8 +31,8 @@ def clean() -> None:
         metrics = clean_corpus(raw, draft.path, params, n_documents, progress)
         draft.info.update(metrics)
     progress.say(
-        f"kept {metrics['train_documents']:,} documents for training and"
-        f" {metrics['val_documents']:,} for validation, dropped {metrics['documents_dropped']:,}"
+        f"kept {metrics['documents_train']:,} documents for training and"
+        f" {metrics['documents_val']:,} for validation, dropped {metrics['documents_dropped']:,}"
     )
     write_metrics(paths.REPORTS, "clean", metrics)
 

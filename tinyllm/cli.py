@@ -3,6 +3,7 @@
 Options here are settings of one call, never of a stage: what shapes a result lives in params.yaml.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -199,6 +200,7 @@ def _questions() -> Iterator[str]:
         try:
             yield input("> ").strip()
         except (EOFError, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # we leave already: torch takes a second
             typer.echo()
             return
 

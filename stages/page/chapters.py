@@ -36,7 +36,7 @@ def corpus(facts: Facts) -> Section:
     if rows:
         columns = {"documents": "documents", "files": "files", "bytes": "size"}
         blocks.append(comparison(rows, columns))
-    kept = ["train_documents", "val_documents", "train_bytes", "val_bytes", "documents_dropped"]
+    kept = ["documents_train", "documents_val", "bytes_train", "bytes_val", "documents_dropped"]
     blocks += [
         block
         for block in figures(_without(facts, "clean", "reasons"), "clean", kept)
@@ -206,7 +206,8 @@ def _training(facts: Facts, stage: str) -> list[Block]:
         line_chart("learning rate, share of the peak", rows, [share], is_low=True),
     ]
     order = ["val_bpb", "val_bpb_before", "val_perplexity", "val_loss", "train_loss", "parameters"]
-    order += ["trainable_share", "steps", "tokens", "seconds", "tokens_per_s", "peak_memory_bytes"]
+    order += ["trainable_share", "steps_done", "tokens", "seconds", "tokens_per_s"]
+    order += ["peak_memory_bytes"]
     return [*(chart for chart in charts if chart), *figures(facts, stage, order)]
 
 

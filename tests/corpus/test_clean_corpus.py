@@ -45,9 +45,9 @@ def test_split_by_name_and_counts(tmp_path):
     assert metrics["documents"] == 4
     assert metrics["documents_dropped"] == 1
     assert metrics["reasons"] == {"short_doc": 1}
-    assert metrics["train_documents"] == 2
-    assert metrics["val_documents"] == 1
-    assert metrics["val_bytes"] == len(text(3))
+    assert metrics["documents_train"] == 2
+    assert metrics["documents_val"] == 1
+    assert metrics["bytes_val"] == len(text(3))
 
 
 def test_duplicates_are_counted_by_kind(tmp_path):

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,14 +40,15 @@ class Project:
     def run(
         self, *command: str, check: bool = True, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command,
-            cwd=self.root,
-            env={**self.environment, **variables},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
+        # files, not pipes: the worker that `dvc queue start` leaves behind would hold a pipe open
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            env = {**self.environment, **variables}
+            ended = subprocess.run(
+                command, cwd=self.root, env=env, stdout=out, stderr=err, timeout=900
+            )
+            out.seek(0)
+            err.seek(0)
+            done = subprocess.CompletedProcess(command, ended.returncode, out.read(), err.read())
         if check:
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done

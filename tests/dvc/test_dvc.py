@@ -102,7 +102,9 @@ def test_a_fresh_clone_knows_that_nothing_is_to_do(project, tmp_path):
     assert project.stages_run(done) == []
     source = tmp_path / "clone/tinyllm/training/loop.py"
     source.write_text(source.read_text() + "\n# touched\n")
-    assert "pretrain" in (other.run("dvc", "repro", "--dry", "--allow-missing", check=False).stdout)
+    done = other.run("dvc", "repro", "--dry", "--allow-missing", check=False)
+    assert "pretrain" in done.stdout or "data/tokens" in done.stderr  # it would run, or misses data
+    assert "Stage 'pretrain' didn't change" not in done.stdout
 
 
 def test_metric_names_are_unique_and_are_no_parameters(project):

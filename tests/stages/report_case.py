@@ -18,7 +18,7 @@ PARITY = {
     "divergence_margin": 0.0,
 }
 TRAINED = {"train_loss": 2.31, "tokens": 4096000, "tokens_per_s": 9876.5, "mfu": 0.123}
-TRAINED |= {"peak_memory_bytes": 1234567890, "seconds": 412.3, "steps": 2000, "compiled": 1}
+TRAINED |= {"peak_memory_bytes": 1234567890, "seconds": 412.3, "steps_done": 2000, "compiled": 1}
 
 
 def curve(n_steps, every, seed):
@@ -66,8 +66,8 @@ def write_reports(reports: Path, stages=None):
     told = {
         "download": {"shakespeare": {"bytes": 5057198, "documents": 42, "files": 42}},
         "clean": {
-            "documents": 42, "documents_dropped": 5, "train_documents": 34, "val_documents": 3,
-            "train_bytes": 4739138, "val_bytes": 313901,
+            "documents": 42, "documents_dropped": 5, "documents_train": 34, "documents_val": 3,
+            "bytes_train": 4739138, "bytes_val": 313901,
             "reasons": {"near_duplicate": 3, "too_short": 2},
         },
         "train_tokenizer": {"vocab_size": 4096, "bytes_per_token": 3.26},

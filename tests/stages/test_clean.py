@@ -44,7 +44,7 @@ def test_raw_becomes_train_and_validation(raw):
     assert [each.name for each in train] == ["plays/hamlet", "plays/lear"]
     assert [each.name for each in val] == ["plays/macbeth"]
     metrics = json.loads(Path("reports/clean/metrics.json").read_text())["clean"]
-    assert metrics["train_bytes"] == sum(len(each.text.encode()) for each in train)
+    assert metrics["bytes_train"] == sum(len(each.text.encode()) for each in train)
     manifest = load_manifest(Path("data/clean"), "clean")
     assert manifest.lineage == {"raw": load_manifest(Path("data/raw")).digest}
     assert set(manifest.files) == {f"{s}/documents-00000.jsonl" for s in ("train", "val")}

@@ -55,7 +55,7 @@ class Tally:
             "near_duplicates": self.reasons["near_duplicate"],
             "leaks_removed": self.reasons["leak"],
             **{
-                f"{split}_{name}": counts[split]
+                f"{name}_{split}": counts[split]
                 for split in ("train", "val")
                 for name, counts in (("documents", self.documents), ("bytes", self.bytes))
             },

@@ -179,7 +179,7 @@ class _Run:
             curve=self.history.curve(),
             samples=self.history.samples,
             metrics={
-                "steps": self.params.steps,
+                "steps_done": self.params.steps,
                 "train_loss": self.history.last_loss(),
                 "tokens": self.params.tokens_per_step * self.params.steps,
                 "tokens_per_s": tokens_per_s,
