@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm.errors import ParamsError
+from tinyllm.finetune.replay import ChatTrainingParams
 from tinyllm.model.transformer import Transformer
-from tinyllm.training.params import TrainingParams
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,7 +44,7 @@ class LoraShape(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoraParams(TrainingParams):
+class LoraParams(ChatTrainingParams):
     """The `lora` section of params.yaml."""
 
     rank: int
@@ -59,7 +59,7 @@ class LoraParams(TrainingParams):
 
     def problems(self) -> list[str]:
         """Return one line per refused field."""
-        problems = TrainingParams.problems(self)
+        problems = ChatTrainingParams.problems(self)
         if self.rank < 1:
             problems.append(f"rank: must be at least 1, got {self.rank}")
         if not 0 < self.alpha < float("inf"):
