@@ -182,3 +182,22 @@ def test_the_probe_is_spread_over_a_large_split_and_all_of_a_small_one(pipeline)
     assert probe.n_bytes / probe.n_tokens == pytest.approx(large.n_bytes / large.n_tokens, rel=0.02)
     last = large.stream.read(large.n_tokens - 16, large.n_tokens)
     assert (probe.stream.read(PROBE_TOKENS - 16, PROBE_TOKENS) == last).all()
+
+
+def test_another_kind_of_model_trains_on_documents_apart(pipeline, monkeypatch):
+    seen = []
+    real = loop.Stepper.run
+
+    def run(self, step, batches):
+        seen.extend(batch.document_ids for batch in batches)
+        return real(self, step, batches)
+
+    monkeypatch.setattr(loop.Stepper, "run", run)
+    model = {"attention": "mla", "window": 8, "dropout": 0.1, "ffn": "relu2"}
+    write_params(model=model, pretrain={"steps": 6, "mask_documents": True})
+    pretrain()
+    assert len(seen) == 6
+    assert all(documents.shape == (4, 16) for documents in seen)
+    config = load_model(paths.PRETRAIN).config
+    assert config.mla is not None
+    assert (config.window, config.ffn) == (8, "relu2")
