@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tinyllm.model.loss import linear_cross_entropy
 from tinyllm.model.transformer import Transformer, next_token_loss
 from tinyllm.progress import Progress
 from tinyllm.shards.batches import Batch
@@ -103,9 +104,13 @@ class Stepper:
         return total
 
     def _eager_loss(self, ids: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
-        """Return the summed loss of one micro-batch."""
+        """Return the summed loss of one micro-batch, without the logits of all its positions."""
+        head = self.model.lm_head
         with autocast(self.params.precision, self.device):
-            return next_token_loss(self.model(ids, document_ids=documents), targets)
+            x = self.model.hidden(ids, document_ids=documents)
+            if type(head) is nn.Linear:
+                return linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
+            return next_token_loss(self.model.head(x), targets)  # a head with a LoRA adapter
 
     def _clip(self) -> Tensor:
         """Shorten the gradient to `clip_norm`; return its norm before that.
