@@ -30,7 +30,7 @@ TRAINING = {
     "clip_norm": 1.0,
     "precision": "fp32",
     "compile": "off",
-    "checkpoint_blocks": False,
+    "checkpoint": "none",
     "log_every": 1,
     "eval_every": 2,
     "sample_every": 0,

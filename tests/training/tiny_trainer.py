@@ -61,7 +61,7 @@ KNOBS = {
     "clip_norm": 1.0,
     "precision": "bf16",
     "compile": "off",
-    "checkpoint_blocks": False,
+    "checkpoint": "none",
     "log_every": 4,
     "eval_every": 6,
     "sample_every": 10,

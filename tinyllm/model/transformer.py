@@ -8,12 +8,11 @@ positions, D width, K head width, V vocabulary.
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from tinyllm.model.attention import Attention, LayerCache, document_mask, document_positions
+from tinyllm.model.checkpointing import Checkpoint, run_block
 from tinyllm.model.ffn import SwiGLU
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.rope import rope_tables
@@ -62,8 +61,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.checkpoint: Checkpoint = "none"
+        """What blocks keep for the backward pass; the rest is computed again."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d, config.norm_eps)
@@ -103,10 +102,8 @@ class Transformer(nn.Module):
             cos, sin = self.rope_cos[: ids_BT.shape[1]], self.rope_sin[: ids_BT.shape[1]]
         x = self.embed_tokens(ids_BT)
         for i, block in enumerate(self.layers):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, None, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, cache.layers[i] if cache is not None else None)
+            layer = cache.layers[i] if cache is not None else None
+            x = run_block(block, self.checkpoint, x, cos, sin, mask, layer)
         normed: Tensor = self.norm(x)
         return normed
 

@@ -138,7 +138,7 @@ class _Run:
         """Build what makes steps and bring it to where the stored state ends."""
         wanted = should_compile(self.params, self.flops_per_token, self.device)
         compiled = wanted if stored is None else stored["compiled"]
-        self.model.checkpoint_blocks = self.params.checkpoint_blocks
+        self.model.checkpoint = self.params.checkpoint
         self.threads = threads
         self.stepper = Stepper(
             self.model, self.params, self.device, compiled=compiled, progress=self.progress

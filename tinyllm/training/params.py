@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tinyllm.model.checkpointing import Checkpoint
+
 Optimizer = Literal["adamw", "adamw8bit", "muon"]
 Schedule = Literal["cosine", "wsd"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -50,8 +52,8 @@ class TrainingParams:
     """Of activations and products; weights and optimizer states stay fp32. fp16 scales the loss."""
     compile: Compile
     """`torch.compile`: `auto` compiles when the run is long enough to win the time back."""
-    checkpoint_blocks: bool
-    """Recompute each block in the backward pass: less memory, about a quarter slower."""
+    checkpoint: Checkpoint
+    """What blocks keep for the backward pass: everything, their input, or the dear outputs too."""
     log_every: int
     """Steps per row of the curve."""
     eval_every: int
