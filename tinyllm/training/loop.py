@@ -20,10 +20,12 @@ from tinyllm.shards.batches import Batches
 from tinyllm.training import speed
 from tinyllm.training.compiling import should_compile
 from tinyllm.training.determinism import deterministic
+from tinyllm.training.diagnosis import part_names
 from tinyllm.training.history import History
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.precision import DTYPES, choose_device, use_threads
 from tinyllm.training.rng import rng_state, seed_everything, set_rng_state
+from tinyllm.training.spikes import largest_norm
 from tinyllm.training.state import State, Store, open_store
 from tinyllm.training.step import Stepper
 from tinyllm.training.stop import Watch, watch
@@ -38,6 +40,8 @@ class TrainResult:
 
     curve: list[dict[str, float | int]]
     """A row per `log_every` steps: step, train_loss, grad_norm, lr_share, evaluations."""
+    gradients: list[dict[str, float | int]]
+    """Likewise: step, noise_scale, the gradient norm of each part; empty unless asked for."""
     samples: list[dict[str, Any]]
     """`{"step": ..., "text": ...}`, from before the first step to after the last."""
     metrics: dict[str, float | int]
@@ -91,6 +95,7 @@ def train(
             run.finish(watching)
         store.prune_others()
         result = run.result()
+        run.stepper.use_average()
     model.to("cpu").eval()
     return result
 
@@ -130,7 +135,7 @@ class _Run:
         self.evaluate, self.sample = evaluate, sample
         self.stage, self.device, self.store, self.progress = stage, device, store, progress
         self.flops_per_token = speed.flops_per_token(model, params.seq_len)
-        self.history = History(params, device)
+        self.history = History(params, device, part_names(model))
         self.step = 0
         self.peak_memory_bytes = 0
 
@@ -177,9 +182,11 @@ class _Run:
         peak = speed.peak_flops_per_s(DTYPES[self.params.precision], self.device)
         return TrainResult(
             curve=self.history.curve(),
+            gradients=self.history.gradients(),
             samples=self.history.samples,
             metrics={
                 "steps": self.params.steps,
+                "skipped_steps": self.history.n_skipped(),
                 "train_loss": self.history.last_loss(),
                 "tokens": self.params.tokens_per_step * self.params.steps,
                 "tokens_per_s": tokens_per_s,
@@ -195,8 +202,9 @@ class _Run:
         """Make one step; look at its figures when that does not make a GPU wait."""
         first = self.step * self.params.accumulate
         micro = [self.batches.batch(first + i) for i in range(self.params.accumulate)]
-        loss, norm = self.stepper.run(self.step, micro)
-        self.history.add(self.step, loss, norm)
+        limit = largest_norm(self.history.norms, self.step, self.params.spike_factor)
+        loss, norm = self.stepper.run(self.step, micro, limit)
+        self.history.add(self.step, loss, norm, self.stepper.diagnosis)
         self.step += 1
         if self.device.type == "cpu" or self._is_anything_due():
             self._look()
@@ -234,7 +242,7 @@ class _Run:
         if not evaluate and not sample:
             return
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.stepper.averaged():
             if evaluate:
                 self.history.add_evaluation(self.step, self.evaluate(self.model))
             if sample and self.sample is not None:
