@@ -24,6 +24,7 @@ from tinyllm.training.diagnosis import part_names
 from tinyllm.training.history import History
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.precision import DTYPES, choose_device, use_threads
+from tinyllm.training.preflight import preflight
 from tinyllm.training.rng import rng_state, seed_everything, set_rng_state
 from tinyllm.training.spikes import largest_norm
 from tinyllm.training.state import State, Store, open_store
@@ -59,6 +60,7 @@ def train(
     identity: Mapping[str, Any],
     seed: int,
     progress: Progress,
+    fresh: bool = False,
 ) -> TrainResult:
     """Train the parameters of `model` that require a gradient, in place; it ends on the CPU.
 
@@ -73,6 +75,7 @@ def train(
             identity is resumed.
         seed: of the global random generators.
         progress: what is told meanwhile.
+        fresh: the weights are untrained, which the preflight should find true.
 
     Raises:
         ParamsError: sequences are longer than the model serves.
@@ -90,6 +93,8 @@ def train(
     with open_store(paths.inflight_root(), stage, identity, progress) as store, watch() as watching:
         stored = _find_state(store, stage, progress)
         run = _Run(model, params, batches, evaluate, sample, stage, device, store, progress)
+        if stored is None and params.preflight:
+            preflight(model, params, batches.batch(0), device, stage=stage, fresh=fresh)
         run.begin(stored, threads)
         with deterministic(wanted=run.stepper.compiled and device.type == "cpu"):
             run.finish(watching)
