@@ -198,9 +198,9 @@ def test_another_kind_of_model_trains_on_documents_apart(pipeline, monkeypatch):
     seen = []
     real = loop.Stepper.run
 
-    def run(self, step, batches):
+    def run(self, step, batches, *others):
         seen.extend(batch.document_ids for batch in batches)
-        return real(self, step, batches)
+        return real(self, step, batches, *others)
 
     monkeypatch.setattr(loop.Stepper, "run", run)
     model = {"attention": "mla", "window": 8, "dropout": 0.1, "ffn": "relu2"}
