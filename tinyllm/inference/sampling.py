@@ -118,3 +118,27 @@ def sample(
     if params.temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model found a token, with the likeliest alternatives."""
+
+    logprob: float
+    """ln p of the token that was taken."""
+    top: tuple[tuple[int, float], ...]
+    """(token, ln p) of the likeliest tokens, best first."""
+
+
+def token_logprob(logits_V: Tensor, token: int, n_top: int) -> TokenLogprob:
+    """Return ln softmax of raw logits at a token: what the model says, before every filter.
+
+    Args:
+        logits_V: of one position.
+        token: the one that was taken.
+        n_top: how many of the likeliest tokens are told.
+    """
+    logprobs_V = logits_V.float().log_softmax(-1)
+    best = logprobs_V.topk(min(n_top, logprobs_V.shape[-1]))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(float(logprobs_V[token]), tuple(top))
