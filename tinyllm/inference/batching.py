@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tinyllm.errors import DataError
-from tinyllm.inference.generate import StopReason, compute_dtype
+from tinyllm.inference.generate import StopReason, check_prompt, compute_dtype
 from tinyllm.inference.prefix import Prefix
 from tinyllm.inference.sampling import (
     SamplingParams,
@@ -92,12 +91,7 @@ class Engine:
             DataError: the prompt is empty or fills the model's context.
             QueueFullError: too many wait already.
         """
-        longest = self._model.config.max_seq_len
-        if not 0 < len(request.ids) < longest:
-            raise DataError(
-                f"prompt: has {len(request.ids)} tokens, this model takes 1 to {longest - 1};"
-                " shorten it"
-            )
+        check_prompt(self._model, request.ids)
         self.scheduler.submit(request)
 
     def cancel(self, request: Request) -> None:

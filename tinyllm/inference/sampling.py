@@ -103,6 +103,14 @@ def next_logits(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> T
     return logits
 
 
+def token_odds(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> Tensor:
+    """Return the probabilities that `sample` draws from, (B, V); greedy: 1 for the likeliest."""
+    logits = next_logits(logits_BV, seen_BV, params)
+    if params.temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return logits.softmax(-1)
+
+
 def sample(
     logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams, generator: torch.Generator
 ) -> Tensor:
