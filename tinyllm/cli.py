@@ -3,6 +3,7 @@
 Options here are settings of one call, never of a stage: what shapes a result lives in params.yaml.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,48 @@ def chat(
 
 
 @app.command()
+def serve(
+    model_dir: ModelDir,
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0: every one of this machine.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+    system: Annotated[
+        str | None, typer.Option(help="System message of chats that bring none; computed once.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Answers made at once.")] = 16,
+    queue: Annotated[int, typer.Option(help="Requests that may wait for a slot.")] = 64,
+    chunk_tokens: Annotated[int, typer.Option(help="Prompt tokens read between two tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 1024,
+    max_seconds: Annotated[float, typer.Option(help="Longest time per call.")] = 300.0,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest body of a call.")] = 1_000_000,
+    grace_seconds: Annotated[int, typer.Option(help="For running answers at the end.")] = 10,
+) -> None:
+    """Serve a model over HTTP as OpenAI does, with a chat page; TINYLLM_API_KEY locks it."""
+    from tinyllm.serving.calls import Limits
+    from tinyllm.serving.server import ServerSettings
+    from tinyllm.serving.server import serve as run_server
+
+    try:
+        settings = ServerSettings(
+            host=host,
+            port=port,
+            n_slots=slots,
+            max_waiting=queue,
+            chunk_tokens=chunk_tokens,
+            limits=Limits(
+                max_body_bytes=max_body_bytes, max_tokens=max_tokens, max_seconds=max_seconds
+            ),
+            grace_seconds=grace_seconds,
+            system=system,
+            api_key=os.environ.get("TINYLLM_API_KEY") or None,
+        )
+    except ValueError as error:
+        raise _by_options(error) from None
+    run_server(_open(model_dir), settings, lambda line: typer.echo(line, err=True))
+
+
+@app.command()
 def doctor(
     verify_cache: Annotated[
         bool, typer.Option("--verify-cache", help="Also re-hash every file of DVC's cache.")
@@ -182,11 +225,14 @@ def _sampling(
             max_new_tokens=max_tokens,
         )
     except ValueError as error:
-        lines = str(error).replace("max_new_tokens", "max_tokens").splitlines()
-        named = [line.split(":", 1) for line in lines]
-        raise ParamsError(
-            "\n".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named)
-        ) from None
+        raise _by_options(error) from None
+
+
+def _by_options(error: ValueError) -> ParamsError:
+    """Return the mistakes of a settings class under the names of the options."""
+    lines = str(error).replace("max_new_tokens", "max_tokens").splitlines()
+    named = [line.split(":", 1) for line in lines]
+    return ParamsError("\n".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named))
 
 
 def _questions() -> Iterator[str]:
