@@ -43,7 +43,7 @@ def build_app(
     is_local: bool,
     on_ready: Callable[[], None],
 ) -> Starlette:
-    """Return the application; its engine runs from startup to shutdown.
+    """Return the application, `state.worker` in it; its engine runs from startup to shutdown.
 
     Args:
         session: the model and its tokenizer.
@@ -98,7 +98,7 @@ def build_app(
         return PlainTextResponse(books.render(), media_type=prometheus.CONTENT_TYPE)
 
     guard = _guard(api_key, books)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", _page(), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
@@ -110,6 +110,8 @@ def build_app(
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)] if is_local else [],
         lifespan=lifespan,
     )
+    app.state.worker = worker
+    return app
 
 
 def _guard(api_key: str | None, books: Metrics) -> Callable[[Endpoint], Endpoint]:

@@ -1,5 +1,7 @@
 """A model directory opened, with an engine, behind a socket."""
 
+import asyncio
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from tinyllm.inference.session import Session
 from tinyllm.ops.build import cache_directory
 from tinyllm.serving.app import LOOPBACK, build_app
 from tinyllm.serving.calls import Limits
+from tinyllm.serving.worker import Worker
+
+CUT_OFF_S = 5
+"""How long clients get to read the end of an answer that was cut off."""
 
 
 class ServeError(TinyllmError):
@@ -86,7 +92,7 @@ def serve(session: Session, settings: ServerSettings, tell: Callable[[str], None
         max_waiting=settings.max_waiting,
         prefixes=prefixes,
     )
-    listener = _listen(settings.host, settings.port)
+    listener = listen(settings.host, settings.port)
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
     app = build_app(
         session,
@@ -101,11 +107,24 @@ def serve(session: Session, settings: ServerSettings, tell: Callable[[str], None
     config = uvicorn.Config(
         app,
         log_level="warning",
-        timeout_graceful_shutdown=settings.grace_seconds,
+        timeout_graceful_shutdown=settings.grace_seconds + CUT_OFF_S,
         server_header=False,
     )
     with listener:
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, settings.grace_seconds, app.state.worker).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """A server that at its end lets answers finish for a while and then ends them in good order."""
+
+    def __init__(self, config: uvicorn.Config, grace_seconds: int, worker: Worker) -> None:
+        super().__init__(config)
+        self._grace_seconds, self._worker = grace_seconds, worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no new connections, wait for the answers, end what is left."""
+        asyncio.get_running_loop().call_later(self._grace_seconds, self._worker.cut_off)
+        await super().shutdown(sockets)
 
 
 def open_system_prefix(session: Session, system: str) -> tuple[Prefix, str]:
@@ -120,7 +139,7 @@ def model_name(directory: Path) -> str:
     return path.parent.name if path.name == "merged" else path.name
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket.
 
     Raises:
@@ -130,6 +149,5 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
-        raise ServeError(
-            f"{host}:{port}: {error.strerror or error}; choose another --host or --port"
-        ) from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ServeError(f"{host}:{port}: {reason}; choose another --host or --port") from None

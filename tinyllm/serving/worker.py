@@ -137,6 +137,10 @@ class Worker:
         """End answers that nobody reads any more, before the next step; done ones stay done."""
         self._inbox.put(lambda: self._metrics.count("cancelled", self._drop(answers)))
 
+    def cut_off(self) -> None:
+        """End all answers as if their time were over."""
+        self._inbox.put(lambda: self._end_all("time"))
+
     def _run(self) -> None:
         """Be the thread."""
         while not self._is_stopping:
