@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from tinyllm.model.directory import TOKENIZER, save_model
 from tinyllm.model.init import build_model
 from tinyllm.model.sizes import ModelParams, resolve
 from tinyllm.quantization.load import load_any_model
+from tinyllm.serving.server import model_name
 from tinyllm.tokenizer.chat import CHAT_TEMPLATE
 from tinyllm.tokenizer.train import TokenizerParams, train_bpe
 
@@ -67,8 +69,7 @@ class Stream:
     @property
     def between_ms(self) -> list[float]:
         """Between tokens."""
-        pairs = zip(self.token_s, self.token_s[1:], strict=False)
-        return [1e3 * (after - before) for before, after in pairs]
+        return [1e3 * (after - before) for before, after in pairwise(self.token_s)]
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model_dir = options.model_dir or build_random(Path(folder) / "random")
         with running_server(model_dir, Path(folder), options.threads) as (process, port):
-            name = model_dir.name
+            name = model_name(model_dir)
             results = asyncio.run(measure_streams(port, name, n_tokens))
             results |= asyncio.run(soak(port, name, n_soak, psutil.Process(process.pid)))
         torch.set_num_threads(options.threads)
@@ -187,6 +188,8 @@ async def measure_streams(port: int, name: str, n_tokens: int) -> dict[str, Any]
     started_s = time.perf_counter()
     alone = [await call(port, body) for body in bodies]
     alone_s = time.perf_counter() - started_s
+    others = [body_of(name, prompt, 1) for prompt in prompts(CLIENTS, 32, 9)]
+    await asyncio.gather(*(call(port, body) for body in others))  # no slot knows the prompts now
     started_s = time.perf_counter()
     together = await asyncio.gather(*(call(port, body) for body in bodies))
     together_s = time.perf_counter() - started_s
