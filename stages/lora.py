@@ -1,4 +1,4 @@
-"""lora: data/chat, data/models/sft -> data/models/lora/{adapter,merged}."""
+"""lora: data/chat, data/tokens, data/models/sft -> data/models/lora/{adapter,merged}."""
 
 from dataclasses import dataclass
 
@@ -26,11 +26,11 @@ class Params:
 def lora() -> None:
     """Teach the chat model further topics with an adapter; keep the adapter and the sum of both."""
     params = load_params(Params, paths.PARAMS)
-    inputs = [paths.CHAT, paths.SFT]
-    merge_lineage(inputs)  # refuses dialogues made for another tokenizer before any work is done
+    inputs = [paths.CHAT, paths.SFT, paths.TOKENS]
+    merge_lineage(inputs)  # refuses another tokenizer's dialogues before any work is done
     run = identity("lora", params, inputs)
     model = add_lora(load_model(paths.SFT), params.lora, params.seed)
-    task = ChatTask(paths.CHAT, "lora", paths.SFT, params.lora)
+    task = ChatTask(paths.CHAT, "lora", paths.SFT, paths.TOKENS, params.lora)
     result = train(
         model,
         params.lora,

@@ -16,7 +16,7 @@ from tinyllm.shards.reader import TokenShards
 from tinyllm.tokenizer.tokenizer import Tokenizer
 from tinyllm.training.loop import train
 from tinyllm.training.outcome import write_outcome
-from tinyllm.training.params import TrainingParams
+from tinyllm.training.params import PretrainParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Params:
 
     seed: int
     model: ModelParams
-    pretrain: TrainingParams
+    pretrain: PretrainParams
 
 
 def pretrain() -> None:
@@ -36,11 +36,12 @@ def pretrain() -> None:
     tokenizer, digest = Tokenizer.load(paths.TOKENIZER), load_manifest(paths.TOKENIZER).digest
     text, val = (TokenShards.open(paths.TOKENS, split, digest) for split in ("train", "val"))
     probe = Probe(val, tokenizer, knobs.seq_len)
+    end = tokenizer.end_of_text if knobs.mask_documents else None
     model = build_model(resolve(params.model, tokenizer.vocab_size), params.seed)
     result = train(
         model,
         knobs,
-        StreamBatches(text.stream, knobs.seq_len, knobs.batch_size, params.seed),
+        StreamBatches(text.stream, knobs.seq_len, knobs.batch_size, params.seed, end),
         evaluate=lambda model: probe.evaluate(model, knobs.precision),
         sample=lambda model: sample_text(model, tokenizer),
         stage="pretrain",
@@ -49,8 +50,7 @@ def pretrain() -> None:
         progress=console_progress(),
     )
     final = asdict(evaluate_split(model, val, knobs.seq_len, knobs.precision))
-    copied = {name: paths.TOKENIZER / name for name in COPIED}
-    settings = {"config": run["params"], "copies": copied}
+    settings = {"config": run["params"], "copies": {n: paths.TOKENIZER / n for n in COPIED}}
     with build_artifact(paths.PRETRAIN, kind="pretrain", made_from=inputs, **settings) as draft:
         save_model(model, draft.path)
     write_outcome(paths.REPORTS, "pretrain", result, final)

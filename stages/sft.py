@@ -1,4 +1,4 @@
-"""sft: data/chat, data/models/pretrain -> data/models/sft."""
+"""sft: data/chat, data/tokens, data/models/pretrain -> data/models/sft."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from stages.runner import console_progress, run_stage
 from tinyllm import paths
 from tinyllm.artifact import build_artifact, merge_lineage
 from tinyllm.finetune.chat_task import ChatTask
+from tinyllm.finetune.replay import ChatTrainingParams
 from tinyllm.model.directory import COPIED, load_model, save_model
 from tinyllm.params import load_params
 from tinyllm.training.loop import train
 from tinyllm.training.outcome import write_outcome
-from tinyllm.training.params import TrainingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,17 +19,17 @@ class Params:
     """The sections this stage reads."""
 
     seed: int
-    sft: TrainingParams
+    sft: ChatTrainingParams
 
 
 def sft() -> None:
     """Teach the pretrained model to answer; a run that was stopped goes on where it was."""
     params = load_params(Params, paths.PARAMS)
-    inputs = [paths.CHAT, paths.PRETRAIN]
-    merge_lineage(inputs)  # refuses dialogues made for another tokenizer before any work is done
+    inputs = [paths.CHAT, paths.PRETRAIN, paths.TOKENS]
+    merge_lineage(inputs)  # refuses another tokenizer's dialogues before any work is done
     run = identity("sft", params, inputs)
     model = load_model(paths.PRETRAIN)
-    task = ChatTask(paths.CHAT, "sft", paths.PRETRAIN, params.sft)
+    task = ChatTask(paths.CHAT, "sft", paths.PRETRAIN, paths.TOKENS, params.sft)
     result = train(
         model,
         params.sft,

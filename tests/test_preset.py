@@ -1,12 +1,17 @@
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from dvc.utils.cli_parse import to_path_overrides
 from dvc.utils.hydra import apply_overrides
 
 from tinyllm.errors import ParamsError
-from tinyllm.params import read_yaml
+from tinyllm.model.init import count_parameters
+from tinyllm.model.sizes import ModelParams, resolve
+from tinyllm.model.transformer import Transformer
+from tinyllm.params import build_params, read_yaml
 from tinyllm.preset import apply_preset, check_params, merge, preset_arguments, sections
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +33,36 @@ def test_the_shipped_presets_are_there():
     assert {"smoke", "small", "medium", "large", "library", "tinystories", "fineweb-edu"} <= set(
         NAMES
     )
+    assert {"mla", "medium-24gb", "large-8gb"} <= set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("names", "millions"),
+    [
+        (["small"], (9, 11)),
+        (["medium"], (80, 92)),
+        (["large"], (340, 360)),
+        (["medium", "medium-24gb"], (80, 92)),
+        (["large", "large-8gb"], (340, 360)),
+        (["small", "mla"], (9, 11)),
+        (["medium", "mla"], (80, 95)),
+        (["large", "mla"], (340, 370)),
+    ],
+)
+def test_presets_have_the_parameters_that_they_name(names, millions):
+    document = read_yaml(ROOT / "params.yaml")
+    tokens_per_step = []
+    for name in names:
+        document = merge(document, read_yaml(PRESETS / f"{name}.yaml"), name)
+        training = document["pretrain"]
+        sizes = [training[size] for size in ("batch_size", "accumulate", "seq_len")]
+        tokens_per_step.append(math.prod(sizes))
+    model = build_params(ModelParams, document["model"], "params.yaml")
+    config = resolve(model, document["prune"]["vocab_size"])
+    with torch.device("meta"):
+        n_parameters = count_parameters(Transformer(config))
+    assert millions[0] <= n_parameters / 1e6 <= millions[1]
+    assert len(set(tokens_per_step)) == 1  # a card changes the pieces, not the training
 
 
 def test_every_section_is_declared_by_a_stage():

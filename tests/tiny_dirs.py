@@ -6,13 +6,17 @@ import torch
 from tiny_lm import tiny_config
 from tiny_text import made_up_text
 
-from tinyllm.artifact import build_artifact
+from tinyllm import paths
+from tinyllm.artifact import build_artifact, load_manifest
 from tinyllm.model.directory import CHAT_TEMPLATE as CHAT_TEMPLATE_FILE
 from tinyllm.model.directory import TOKENIZER, save_model
 from tinyllm.model.init import build_model
+from tinyllm.progress import Silent
 from tinyllm.quantization.directory import save_int8_model
 from tinyllm.quantization.int8 import quantize_model
+from tinyllm.shards.writer import EncodeParams, write_split
 from tinyllm.tokenizer.chat import CHAT_TEMPLATE
+from tinyllm.tokenizer.tokenizer import Tokenizer
 from tinyllm.tokenizer.train import TokenizerParams, train_bpe
 
 VOCAB_SIZE = 400
@@ -39,3 +43,19 @@ def write_model_dir(
         else:
             save_model(model, draft.path)
     return directory
+
+
+def write_tokens(n_words: int = 600) -> None:
+    """Write data/tokens with the tokenizer of data/tokenizer/pruned."""
+    tokenizer, digest = Tokenizer.load(paths.TOKENIZER), load_manifest(paths.TOKENIZER).digest
+    texts = {"train": made_up_text(n_words, 1), "val": made_up_text(n_words // 2, 2)}
+    size = EncodeParams(shard_bytes=10**6)
+    with build_artifact(paths.TOKENS, kind="tokens", made_from=[paths.TOKENIZER]) as draft:
+        splits = {
+            split: write_split(
+                [("a text", text)], draft.path, split, tokenizer, digest, size, Silent()
+            )
+            for split, text in texts.items()
+        }
+        vocab_size = tokenizer.vocab_size
+        draft.info.update(splits=splits, vocab_size=vocab_size, tokenizer=digest, dtype="uint16")

@@ -52,6 +52,10 @@ def test_an_experiment_is_one_row_and_diffs_show_it(project):
     assert names == ["wide"]
     changed = json.loads(project.run("dvc", "metrics", "diff", "--json").stdout)
     assert "reports/pretrain/metrics.json" in changed
+    project.run("dvc", "plots", "diff", "HEAD", "-o", "page")
+    page = (project.root / "page/index.html").read_text()
+    assert "reports/pretrain/curve.tsv" in page
+    assert "src=" not in page  # opens without a network
     params = json.loads(project.run("dvc", "params", "diff", "--json").stdout)["params.yaml"]
     assert params["model.d"] == {"old": 32, "new": 64, "diff": 32}
 

@@ -20,22 +20,25 @@ def tokens(n: int) -> Tokens:
     return Tokens(np.random.default_rng(0).integers(0, VOCAB, n).astype(np.uint16))
 
 
-def nats_by_hand(model, stream: np.ndarray, seq_len: int) -> float:
+def nats_by_hand(model, stream: np.ndarray, seq_len: int, context: int) -> float:
     """One token at a time, in fp64, with a fresh forward pass for each."""
     ids, nats = torch.from_numpy(stream.astype(np.int64)), 0.0
     for i in range(1, len(ids)):
-        window_start = (i - 1) // seq_len * seq_len
+        beyond_the_first = max(i - seq_len, 0)  # one more window for each stride of them
+        window_start = -(-beyond_the_first // (seq_len - context)) * (seq_len - context)
         with torch.no_grad():
             logits = model(ids[None, window_start:i])[0, -1].double()
         nats -= logits.log_softmax(-1)[ids[i]].item()
     return nats
 
 
+@pytest.mark.parametrize("context", [0, 4, 7])
 @pytest.mark.parametrize("n", [2, 9, 16, 17, 18, 50])
-def test_every_token_but_the_first_counts_once(n):
+def test_every_token_but_the_first_counts_once(n, context):
     model, split = tiny_model(), tokens(n)
-    report = evaluate_stream(model, split, seq_len=8, batch_tokens=16, precision="fp32")
-    nats = nats_by_hand(model, split.ids, 8)
+    settings = {"batch_tokens": 16, "precision": "fp32", "context": context}
+    report = evaluate_stream(model, split, seq_len=8, **settings)
+    nats = nats_by_hand(model, split.ids, 8, context)
     assert report.n_tokens == n - 1
     assert report.n_bytes == 321
     assert report.val_loss == pytest.approx(nats / (n - 1), rel=1e-5)

@@ -18,7 +18,7 @@ def lively_model(vocab_size, **changes):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
         for block in model.layers:  # else a tied head repeats the last token for ever
-            block.self_attn.v_proj.weight.mul_(4)
+            getattr(block.self_attn, "kv_b_proj" if model.config.mla else "v_proj").weight.mul_(4)
             block.mlp.down_proj.weight.mul_(4)
     return model
 

@@ -12,9 +12,21 @@ from tinyllm.export.onnx_int8 import quantize_onnx
 from tinyllm.export.runtime import OnnxModel
 from tinyllm.inference.generate import generate
 from tinyllm.inference.sampling import SamplingParams
+from tinyllm.model.sizes import MlaSizes
 
 TOLERANCE = 2e-5  # logits of about 10 through some 30 roundings of 6e-8
 VOCAB = 97
+KINDS = {
+    "latent, window, relu2": {
+        **{"mla": MlaSizes(q_rank=16, kv_rank=24, d_nope=8, d_rope=4, d_v=12), "d_head": 12},
+        **{"qk_norm": False, "n_kv_heads": 4, "window": 6, "window_layers": (0,)},
+        "ffn": "relu2",
+    },
+    "gpt-2": {
+        **{"norm": "layernorm", "ffn": "gelu", "bias": True, "positions": "learned"},
+        **{"n_kv_heads": 4, "qk_norm": False},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,28 @@ def test_greedy_text_equals_ours_to_the_end_of_the_context(case):
     assert len(set(expected)) > 4  # a text that wanders
     full = logits_of(model, np.array([[*prompt, *expected[:-1]]]))[0, 6:]
     np.testing.assert_allclose(steps, full, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_block_is_exported(kind, tmp_path):
+    model = lively_model(VOCAB, tie_embeddings=True, n_layers=1, **KINDS[kind])
+    export_onnx(model, tmp_path / "model.onnx", opset=20)
+    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    float_, int8 = (OnnxModel(tmp_path / f"{n}.onnx", n_threads=1) for n in ("model", "int8"))
+    ids = ids_of(2, 24)
+    past, pieces = float_.empty_past(2), []
+    for piece in np.split(ids, [1, 9, 10], axis=1):
+        logits, past = float_.forward(piece, past)
+        pieces.append(logits)
+    ours = logits_of(model, ids)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), ours, atol=TOLERANCE, rtol=0)
+    noise = int8.forward(ids, int8.empty_past(2))[0] - ours
+    assert np.linalg.norm(noise) < 0.05 * np.linalg.norm(ours)
+    mask = np.ones((2, 24), np.int64)
+    mask[1, :9] = 0  # padding on the left
+    padded, _ = float_.forward(ids, float_.empty_past(2), mask)
+    alone = logits_of(model, ids[1:, 9:])
+    np.testing.assert_allclose(padded[1:, 9:], alone, atol=TOLERANCE, rtol=0)
 
 
 def test_same_model_gives_the_same_bytes(case, tmp_path):

@@ -36,7 +36,13 @@ TRAINING = {
     "sample_every": 0,
     "save_every": 0,
 }
-LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": ("q_proj", "v_proj", "down_proj")}
+LORA = {
+    "replay_rows": 0,
+    "rank": 3,
+    "alpha": 6.0,
+    "dropout": 0.0,
+    "targets": ("q_proj", "v_proj", "down_proj"),
+}
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -65,6 +65,17 @@ def write_adapter(model, folder):
     return folder
 
 
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_no_targets_means_all_layers_of_the_blocks(tie_embeddings):
+    named, all_of_them = (
+        add_lora(tiny_model(tie_embeddings=tie_embeddings), lora_params(targets=targets), seed=5)
+        for targets in (ALL, None)
+    )
+    first, second = named.state_dict(), all_of_them.state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @torch.no_grad()
 def test_a_new_adapter_changes_nothing():
     base = tiny_model(0)

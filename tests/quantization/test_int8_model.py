@@ -134,7 +134,7 @@ def test_sqnr_is_ten_times_the_logarithm():
 
 def test_measured_noise_is_what_eight_bits_promise(model):
     figures = measure_outputs(model, quantize_model(model), IDS)
-    assert list(figures) == list(KINDS)
+    assert list(figures) == [kind for kind in KINDS if "_a_" not in kind and kind != "q_b_proj"]
     for kind, figure in figures.items():
         assert 30 < figure["sqnr_db"] < 50, kind
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllm.errors import DataError
-from tinyllm.shards.batches import StreamBatches
+from tinyllm.shards.batches import StreamBatches, document_ids
 from tinyllm.shards.stream import TokenStream
 
 
@@ -36,6 +36,20 @@ def test_form_of_a_batch():
         assert array.flags.writeable
     assert (batch.targets == batch.ids + 1).all()
     assert batch.document_ids is None
+
+
+def test_documents_are_told_apart_by_the_token_that_ends_them():
+    tokens = np.array([5, 6, 0, 7, 0, 8, 9, 9, 0, 4], np.uint16)
+    assert document_ids(tokens[None], 0).tolist() == [[0, 0, 1, 1, 2, 2, 2, 2, 3, 3]]
+    apart, together = (
+        StreamBatches(TokenStream([np.tile(tokens, 9)]), 8, 3, 0, end) for end in (0, None)
+    )
+    for index in range(5):
+        batch, plain = apart.batch(index), together.batch(index)
+        assert (batch.ids == plain.ids).all()
+        assert (batch.targets == plain.targets).all()
+        for row, documents in zip(batch.ids, batch.document_ids, strict=True):
+            assert np.diff(documents, prepend=0).tolist() == (row == 0).astype(int).tolist()
 
 
 @settings(max_examples=60, deadline=None)

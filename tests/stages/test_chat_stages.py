@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ruamel.yaml import YAML
+from tiny_dirs import write_tokens
 from tiny_lm import tiny_model
 from tiny_text import tiny_tokenizer
 
@@ -22,10 +23,10 @@ from tinyllm.finetune.adapter import load_adapter
 from tinyllm.finetune.chat_task import ChatTask
 from tinyllm.finetune.conversations import conversations_path, load_conversations
 from tinyllm.finetune.examples import ChatBatches, encode_conversation
+from tinyllm.finetune.replay import ChatTrainingParams
 from tinyllm.model.directory import COPIED, load_model, save_model
 from tinyllm.tokenizer.chat import CHAT_TEMPLATE, ChatTemplate
 from tinyllm.tokenizer.tokenizer import Tokenizer
-from tinyllm.training.params import TrainingParams
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = {"kind": "file", "sha256": None, "members": None, "encoding": "utf-8", "text_field": None}
@@ -34,7 +35,7 @@ TRAINING = {
     **{"lr": 3e-3, "muon_lr": 2e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95},
     **{"schedule": "cosine", "warmup_steps": 1, "decay_share": 0.5, "min_lr_share": 0.0},
     **{"clip_norm": 1.0, "precision": "fp32", "compile": "off", "checkpoint_blocks": False},
-    **{"log_every": 2, "eval_every": 2, "sample_every": 3, "save_every": 1},
+    **{"log_every": 2, "eval_every": 2, "sample_every": 3, "save_every": 1, "replay_rows": 1},
 }
 CHAT = {
     "sources": {
@@ -77,6 +78,7 @@ def write_model(seed: int = 0) -> None:
         paths.PRETRAIN, kind="pretrain", made_from=[paths.TOKENIZER], copies=copies
     ) as draft:
         save_model(tiny_model(vocab_size=tokenizer.vocab_size, max_seq_len=96), draft.path)
+    write_tokens()
 
 
 def report(stage: str, name: str = "metrics.json"):
@@ -145,7 +147,7 @@ def test_chat_data(project):
 
 def test_sft_writes_a_model_directory_and_reports(project):
     manifest = load_manifest(paths.SFT, "sft")
-    assert set(manifest.lineage) == {"tokenizer", "pretrain", "chat"}
+    assert set(manifest.lineage) == {"tokenizer", "tokens", "pretrain", "chat"}
     for name in COPIED:
         assert (paths.SFT / name).read_bytes() == (paths.PRETRAIN / name).read_bytes()
     metrics = report("sft")
@@ -186,7 +188,7 @@ def test_the_loss_is_that_of_the_held_out_answers(project):
 
 def test_lora_writes_the_adapter_and_the_sum(project):
     adapter, merged = load_manifest(paths.LORA_ADAPTER, "adapter"), load_manifest(paths.LORA_MERGED)
-    assert set(adapter.lineage) == {"tokenizer", "pretrain", "chat", "sft"}
+    assert set(adapter.lineage) == {"tokenizer", "tokens", "pretrain", "chat", "sft"}
     assert set(merged.lineage) == {*adapter.lineage, "adapter"}
     assert merged.kind == "lora"
     assert merged.lineage["adapter"] == adapter.digest
@@ -310,11 +312,18 @@ def test_a_model_that_learned_its_answers_says_them_and_stops(project):
         (draft.path / "sft").mkdir()
         for name, text in copies.items():
             (draft.path / name).write_text(text)
-    values = {**TRAINING, "steps": 60, "accumulate": 1, "lr": 1e-2, "sample_every": 0}
+    values = {
+        **TRAINING,
+        "steps": 60,
+        "accumulate": 1,
+        "lr": 1e-2,
+        "sample_every": 0,
+        "replay_rows": 0,
+    }
     write_params(sft={name: values[name] for name in TRAINING})
     sft()
-    params = TrainingParams(**values)
-    task = ChatTask(paths.CHAT, "sft", paths.PRETRAIN, params)
+    params = ChatTrainingParams(**values)
+    task = ChatTask(paths.CHAT, "sft", paths.PRETRAIN, paths.TOKENS, params)
     answers = task.answers(load_model(paths.SFT))
     wanted = [json.loads(row)["messages"] for row in rows]
     assert [(a.question, a.answer, a.ended) for a in answers] == [

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_text import made_up_text, tiny_tokenizer
+from tiny_dirs import write_tokens
+from tiny_text import tiny_tokenizer
 
 from stages.identity import identity, trajectory
 from stages.pretrain import Params, pretrain
@@ -14,9 +15,7 @@ from tinyllm.errors import LineageError, ParamsError
 from tinyllm.evaluation.probe import PROBE_TOKENS, Probe
 from tinyllm.model.directory import load_model
 from tinyllm.params import load_params, read_yaml
-from tinyllm.progress import Silent
 from tinyllm.shards.reader import TokenShards
-from tinyllm.shards.writer import EncodeParams, write_split
 from tinyllm.tokenizer.chat import CHAT_TEMPLATE
 from tinyllm.tokenizer.tokenizer import Tokenizer
 from tinyllm.training import loop
@@ -44,30 +43,11 @@ def write_params(**changes) -> None:
     write_json(paths.PARAMS, params)  # JSON is YAML
 
 
-def make_tokenizer(seed: int = 0) -> str:
+def make_tokenizer(seed: int = 0) -> None:
     tokenizer = tiny_tokenizer(320, seed)
     with build_artifact(paths.TOKENIZER, kind="tokenizer", made_from=[]) as draft:
         (draft.path / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
         (draft.path / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return load_manifest(paths.TOKENIZER).digest
-
-
-def make_tokens(digest: str, n_words: int = 600) -> None:
-    texts = {"train": made_up_text(n_words, 1), "val": made_up_text(n_words // 2, 2)}
-    with build_artifact(paths.TOKENS, kind="tokens", made_from=[paths.TOKENIZER]) as draft:
-        splits = {
-            split: write_split(
-                [("a text", text)],
-                draft.path,
-                split,
-                Tokenizer.load(paths.TOKENIZER),
-                digest,
-                EncodeParams(shard_bytes=10**6),
-                Silent(),
-            )
-            for split, text in texts.items()
-        }
-        draft.info.update(splits=splits, vocab_size=320, tokenizer=digest, dtype="uint16")
 
 
 @pytest.fixture
@@ -76,7 +56,8 @@ def pipeline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("TINYLLM_INFLIGHT", "TINYLLM_FRESH", "DVC_STAGE", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
-    make_tokens(make_tokenizer())
+    make_tokenizer()
+    write_tokens()
     shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
     for code in ("stages", "tinyllm"):
         Path(code).symlink_to(ROOT / code)
@@ -172,7 +153,7 @@ def test_the_identity_knows_params_inputs_and_code_and_nothing_else(pipeline):
     assert "tinyllm/training" in run["code"]
     assert "stages/pretrain.py" in run["code"]
     assert "data/tokens" not in run["code"]
-    make_tokens(load_manifest(paths.TOKENIZER).digest, n_words=700)
+    write_tokens(n_words=700)
     assert identity("pretrain", params, inputs)["inputs"] != run["inputs"]
 
 
@@ -194,10 +175,29 @@ def test_the_probe_is_spread_over_a_large_split_and_all_of_a_small_one(pipeline)
     small = Probe(val, tokenizer, 16)
     assert small.n_tokens == val.n_tokens < PROBE_TOKENS
     assert small.n_bytes == val.n_bytes
-    make_tokens(load_manifest(paths.TOKENIZER).digest, n_words=30000)
+    write_tokens(n_words=30000)
     large = TokenShards.open(paths.TOKENS, "val", None)
     probe = Probe(large, tokenizer, 16)
     assert probe.n_tokens == PROBE_TOKENS < large.n_tokens
     assert probe.n_bytes / probe.n_tokens == pytest.approx(large.n_bytes / large.n_tokens, rel=0.02)
     last = large.stream.read(large.n_tokens - 16, large.n_tokens)
     assert (probe.stream.read(PROBE_TOKENS - 16, PROBE_TOKENS) == last).all()
+
+
+def test_another_kind_of_model_trains_on_documents_apart(pipeline, monkeypatch):
+    seen = []
+    real = loop.Stepper.run
+
+    def run(self, step, batches):
+        seen.extend(batch.document_ids for batch in batches)
+        return real(self, step, batches)
+
+    monkeypatch.setattr(loop.Stepper, "run", run)
+    model = {"attention": "mla", "window": 8, "dropout": 0.1, "ffn": "relu2"}
+    write_params(model=model, pretrain={"steps": 6, "mask_documents": True})
+    pretrain()
+    assert len(seen) == 6
+    assert all(documents.shape == (4, 16) for documents in seen)
+    config = load_model(paths.PRETRAIN).config
+    assert config.mla is not None
+    assert (config.window, config.ffn) == (8, "relu2")

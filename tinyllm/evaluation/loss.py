@@ -98,11 +98,13 @@ def evaluate_stream(
     seq_len: int,
     batch_tokens: int,
     precision: Precision,
+    context: int = 0,
 ) -> LossReport:
     """Predict a whole split, window by window.
 
-    Windows of `seq_len` inputs follow each other without overlap; every token but the first of the
-    split is predicted exactly once, from at most `seq_len` tokens before it.
+    Windows of `seq_len` inputs overlap by `context`; every token but the first of the split is
+    predicted exactly once, from at most `seq_len` tokens before it, and from at least `context`
+    where so many are before it.
 
     Args:
         model: in evaluation mode.
@@ -111,6 +113,7 @@ def evaluate_stream(
         batch_tokens: tokens per forward pass, at least one window; it does not change the result
             beyond rounding.
         precision: bf16 and fp16 mean autocast.
+        context: below `seq_len`; 0: windows follow each other without overlap.
 
     Raises:
         DataError: the split has fewer than two tokens.
@@ -125,25 +128,26 @@ def evaluate_stream(
     n_rows = max(1, batch_tokens // seq_len)
     narrow = precision != "fp32"
     with torch.autocast(device.type, _DTYPES[precision] if narrow else None, enabled=narrow):
-        for ids, targets in _window_batches(shards, seq_len, n_rows):
+        for ids, targets in _window_batches(shards, seq_len, context, n_rows):
             logits = model(ids.to(device))
             nats += next_token_loss(logits, targets.to(device)).double()
     return LossReport.from_nats(nats.item(), shards.n_tokens - 1, shards.n_bytes)
 
 
 def _window_batches(
-    shards: TokenSplit, seq_len: int, n_rows: int
+    shards: TokenSplit, seq_len: int, context: int, n_rows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets, both (rows, seq_len); the end is filled with ignored targets."""
+    """Yield inputs and targets, both (rows, seq_len); what is not scored has ignored targets."""
     n_inputs = shards.n_tokens - 1
-    for start in range(0, n_inputs, n_rows * seq_len):
-        end = min(start + n_rows * seq_len, n_inputs)
-        tokens = shards.stream.read(start, end + 1)
-        rows = -(-(end - start) // seq_len)
-        ids = np.zeros(rows * seq_len, dtype=np.int64)
-        targets = np.full(rows * seq_len, IGNORED, dtype=np.int64)
-        ids[: end - start], targets[: end - start] = tokens[:-1], tokens[1:]
-        yield (
-            torch.from_numpy(ids.reshape(rows, seq_len)),
-            torch.from_numpy(targets.reshape(rows, seq_len)),
-        )
+    stride = seq_len - context
+    starts = range(0, max(n_inputs - context, 1), stride)
+    for first in range(0, len(starts), n_rows):
+        rows = starts[first : first + n_rows]
+        ids = np.zeros((len(rows), seq_len), dtype=np.int64)
+        targets = np.full((len(rows), seq_len), IGNORED, dtype=np.int64)
+        for row, start in enumerate(rows):
+            tokens = shards.stream.read(start, min(start + seq_len, n_inputs) + 1)
+            scored = context if start else 0  # what is before was scored by the window before
+            ids[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, scored : len(tokens) - 1] = tokens[scored + 1 :]
+        yield torch.from_numpy(ids), torch.from_numpy(targets)

@@ -5,6 +5,8 @@ Inputs: `input_ids` (B, T), `attention_mask` (B, P + T) with 0 for padding on th
 Outputs: `logits` (B, T, V) and per layer `present.N.key` and `.value` (B, G, P + T, K). These are
 Optimum's names. The model itself is exported unchanged: only its cache is another one.
 
+With latent attention a key is the rotated shared key and a value the latent, of one head (G = 1).
+
 A cache in a registered buffer would be dropped by the exporter without a warning; hence arguments.
 Dimensions: B batch, T new positions, P earlier positions, G key-value heads, K head width.
 """
@@ -155,11 +157,9 @@ class _WithCache(nn.Module):
 def _example(config: ModelConfig) -> tuple[Any, ...]:
     """Return inputs of sizes above 1 that all differ: the exporter bakes equal ones together."""
     B, T, P = 2, 3, 4
+    n_heads, d_k, d_v = config.cached
     past = [
-        (
-            torch.zeros(B, config.n_kv_heads, P, config.d_head),
-            torch.zeros(B, config.n_kv_heads, P, config.d_head),
-        )
+        (torch.zeros(B, n_heads, P, d_k), torch.zeros(B, n_heads, P, d_v))
         for _ in range(config.n_layers)
     ]
     ids = torch.zeros(B, T, dtype=torch.long)

@@ -51,12 +51,14 @@ class OnnxModel:
         self.n_layers = sum(name.endswith(".key") for name in shapes)
         self._past_names = past_names(self.n_layers)
         self._outputs = [LOGITS, *present_names(self.n_layers)]
-        _, self._n_kv_heads, _, self._d_head = shapes[self._past_names[0]]
+        self._past_shapes = [shapes[name] for name in self._past_names]
 
     def empty_past(self, batch_size: int) -> Past:
         """Return the cache before the first token."""
-        nothing = np.zeros((batch_size, self._n_kv_heads, 0, self._d_head), np.float32)
-        return [self._value(nothing) for _ in self._past_names]
+        return [
+            self._value(np.zeros((batch_size, n_heads, 0, width), np.float32))
+            for _, n_heads, _, width in self._past_shapes
+        ]
 
     def forward(
         self,

@@ -20,15 +20,17 @@ from tinyllm.finetune.conversations import (
     load_conversations,
 )
 from tinyllm.finetune.examples import ChatBatches, Example, build_batch, encode_conversations, pack
+from tinyllm.finetune.replay import ChatTrainingParams, ReplayBatches
 from tinyllm.inference.generate import generate
 from tinyllm.inference.sampling import SamplingParams
 from tinyllm.model.directory import load_config
 from tinyllm.model.transformer import Transformer, next_token_loss
+from tinyllm.shards.batches import Batches, StreamBatches
+from tinyllm.shards.reader import TokenShards
 from tinyllm.tokenizer.chat import ChatTemplate, Message
 from tinyllm.tokenizer.special import END_OF_TURN, PAD
 from tinyllm.tokenizer.tokenizer import Tokenizer
 from tinyllm.training.loop import TrainResult
-from tinyllm.training.params import TrainingParams
 from tinyllm.training.precision import autocast
 
 N_SAMPLES = 6
@@ -51,7 +53,12 @@ class ChatTask:
     """One part of data/chat, encoded for one model."""
 
     def __init__(
-        self, chat: Path, part: Part, model_directory: Path, params: TrainingParams
+        self,
+        chat: Path,
+        part: Part,
+        model_directory: Path,
+        tokens: Path,
+        params: ChatTrainingParams,
     ) -> None:
         """Read and encode.
 
@@ -59,7 +66,8 @@ class ChatTask:
             chat: the artifact of `chat_data`.
             part: whose conversations.
             model_directory: gives tokenizer, chat template and the longest sequence.
-            params: give seq_len, batch_size and precision.
+            tokens: the artifact of `encode`, whose text is replayed.
+            params: give seq_len, batch_size, replay_rows and precision.
 
         Raises:
             TinyllmError: files are missing or damaged, a split is empty, rows are too long or too
@@ -67,7 +75,7 @@ class ChatTask:
         """
         manifest = load_manifest(chat, "chat")
         verify_files(chat, manifest)
-        self.part, self.params = part, params
+        self.part, self.params, self._tokens = part, params, tokens
         self.max_tokens = int(manifest.config["max_tokens"])
         self.tokenizer = Tokenizer.load(model_directory)
         self.template = ChatTemplate.load(model_directory)
@@ -85,10 +93,15 @@ class ChatTask:
                 f" chat.max_tokens = {self.max_tokens}; raise it or lower chat.max_tokens"
             )
 
-    def batches(self, seed: int) -> ChatBatches:
-        """Return the training batches."""
+    def batches(self, seed: int) -> Batches:
+        """Return the training batches: dialogues, and `replay_rows` rows of text below them."""
         pad_id, params = self.tokenizer.id_of(PAD), self.params
-        return ChatBatches(self._train_examples, params.seq_len, params.batch_size, seed, pad_id)
+        n_rows = params.batch_size - params.replay_rows
+        chat = ChatBatches(self._train_examples, params.seq_len, n_rows, seed, pad_id)
+        if not params.replay_rows:
+            return chat
+        text = TokenShards.open(self._tokens, "train", tokenizer_digest=None).stream
+        return ReplayBatches(chat, StreamBatches(text, params.seq_len, params.replay_rows, seed))
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """Return the loss on the held-out answers.

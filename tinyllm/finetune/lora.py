@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm.errors import ParamsError
+from tinyllm.finetune.replay import ChatTrainingParams
 from tinyllm.model.transformer import Transformer
-from tinyllm.training.params import TrainingParams
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -39,12 +39,12 @@ class LoraShape(Protocol):
         """Of the inputs of A."""
 
     @property
-    def targets(self) -> Sequence[str]:
-        """Names of layers."""
+    def targets(self) -> Sequence[str] | None:
+        """Names of layers; None: all of the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoraParams(TrainingParams):
+class LoraParams(ChatTrainingParams):
     """The `lora` section of params.yaml."""
 
     rank: int
@@ -53,21 +53,21 @@ class LoraParams(TrainingParams):
     """The product is scaled by `alpha / rank`."""
     dropout: float
     """Share of the inputs of A that are dropped while training; 0: none."""
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] | None
     """Linear layers by the last part of their name: q_proj, k_proj, v_proj, o_proj, gate_proj,
-    up_proj, down_proj; an untied lm_head too."""
+    up_proj, down_proj; an untied lm_head too. null: all of the blocks, whatever their kind."""
 
     def problems(self) -> list[str]:
         """Return one line per refused field."""
-        problems = TrainingParams.problems(self)
+        problems = ChatTrainingParams.problems(self)
         if self.rank < 1:
             problems.append(f"rank: must be at least 1, got {self.rank}")
         if not 0 < self.alpha < float("inf"):
             problems.append(f"alpha: must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout: must be at least 0 and below 1, got {self.dropout}")
-        if not self.targets:
-            problems.append("targets: empty; name the linear layers that LoRA adapts")
+        if self.targets == ():
+            problems.append("targets: empty; name the linear layers that LoRA adapts, or null")
         return problems
 
 
@@ -140,9 +140,11 @@ def trainable_share(model: nn.Module) -> float:
     return trained / sum(p.numel() for p in model.parameters())
 
 
-def _target_layers(model: nn.Module, targets: Sequence[str]) -> list[tuple[str, nn.Linear]]:
-    """Return the linear layers whose name ends with one of the targets."""
+def _target_layers(model: nn.Module, targets: Sequence[str] | None) -> list[tuple[str, nn.Linear]]:
+    """Return the linear layers whose name ends with one of the targets, or all but the head."""
     linear = dict(_linear_layers(model))
+    if targets is None:
+        return [(name, layer) for name, layer in linear.items() if name != "lm_head"]
     known = sorted({name.rpartition(".")[2] for name in linear})
     for target in targets:
         if target not in known:

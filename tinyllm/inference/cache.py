@@ -1,7 +1,9 @@
 """The KV cache: keys and values of the positions already seen, in memory set aside once.
 
+Latent attention's cache is the same with one head, the rotated shared key as key and the latent as
+value. Blocks with a window keep all positions and look at the last ones.
 Not a paged cache: every row of a batch has the same length. Dimensions: B batch, G key-value heads,
-T new positions, S positions so far, K head width.
+T new positions, S positions so far.
 """
 
 import torch
@@ -14,13 +16,22 @@ from tinyllm.model.sizes import ModelConfig
 class LayerKV:
     """The keys and values of one layer."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
-        self._k = torch.zeros(shape, dtype=dtype, device=device)
-        self._v = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        n_heads, d_k, d_v = config.cached
+        shape = batch_size, n_heads, max_len
+        self._k = torch.zeros(*shape, d_k, dtype=dtype, device=device)
+        self._v = torch.zeros(*shape, d_v, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new positions; return all so far as views, both (B, G, S, K) in k's dtype."""
+        """Store T new positions; return all so far as views, both (B, G, S, ...) in k's dtype."""
         end = self.length + k_BGTK.shape[2]
         self._k[:, :, self.length : end] = k_BGTK
         self._v[:, :, self.length : end] = v_BGTK
@@ -58,8 +69,10 @@ class KVCache:
             )
         self.max_len = max_len
         self._device = torch.device(device)
-        shape = (batch_size, config.n_kv_heads, max_len, config.d_head)
-        self.layers = [LayerKV(shape, dtype, str(device)) for _ in range(config.n_layers)]
+        self.layers = [
+            LayerKV(config, batch_size, max_len, dtype, self._device)
+            for _ in range(config.n_layers)
+        ]
 
     @property
     def length(self) -> int:
@@ -94,5 +107,6 @@ class KVCache:
     @staticmethod
     def n_bytes(config: ModelConfig, batch_size: int, max_len: int, dtype: torch.dtype) -> int:
         """Return the memory that such a cache takes: keys and values of all layers."""
-        per_position = 2 * config.n_layers * config.n_kv_heads * config.d_head
+        n_heads, d_k, d_v = config.cached
+        per_position = config.n_layers * n_heads * (d_k + d_v)
         return batch_size * max_len * per_position * dtype.itemsize

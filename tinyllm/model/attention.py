@@ -19,27 +19,34 @@ class LayerCache(Protocol):
     """The keys and values of one layer's earlier positions."""
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; return all so far, both (B, G, S, K)."""
+        """Store new keys and values; return all so far, both (B, G, S, ...).
+
+        Keys and values may have different widths: `ModelConfig.cached` tells them. Latent attention
+        stores its rotated shared key as a key and its latent as a value, of one head.
+        """
 
 
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(K)) V per head; Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
 
     H / G consecutive query heads share one key-value head (Ainslie et al. 2023, arXiv:2305.13245),
-    mapped as Hugging Face maps them: heads [0, 1] use group 0, heads [2, 3] use group 1.
+    mapped as Hugging Face maps them: heads [0, 1] use group 0, heads [2, 3] use group 1. G = 1 is
+    multi-query attention (Shazeer 2019, arXiv:1911.02150), G = H plain multi-head attention.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.d_head = (
             config.n_heads,
             config.n_kv_heads,
             config.d_head,
         )
-        self.q_proj = nn.Linear(config.d, config.n_heads * config.d_head, bias=False)
-        self.k_proj = nn.Linear(config.d, config.n_kv_heads * config.d_head, bias=False)
-        self.v_proj = nn.Linear(config.d, config.n_kv_heads * config.d_head, bias=False)
-        self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d, bias=False)
+        self.window, self.rotates = window, config.positions == "rope"
+        d_q, d_kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+        self.q_proj = nn.Linear(config.d, d_q, bias=config.bias)
+        self.k_proj = nn.Linear(config.d, d_kv, bias=config.bias)
+        self.v_proj = nn.Linear(config.d, d_kv, bias=config.bias)
+        self.o_proj = nn.Linear(d_q, config.d, bias=config.bias)
         self.q_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -53,27 +60,68 @@ class Attention(nn.Module):
             cos: rotary cosines of the T positions.
             sin: rotary sines of the T positions.
             mask: True where a query may look at a key, broadcastable to (B, 1, T, S); None means
-            causal with T = S, or one query that sees every key.
+            causal with T = S, or one query that sees every key (of its window).
             cache: where keys and values of earlier positions are kept; None means there are none.
         """
         B, T, _ = x_BTD.shape
         q = self.q_norm(self.q_proj(x_BTD).view(B, T, self.n_heads, self.d_head))
         k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.d_head))
         v = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
-        q = apply_rope(q, cos, sin).transpose(1, 2)
-        k = apply_rope(k, cos, sin).transpose(1, 2)
+        if self.rotates:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        y_BHTK = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            enable_gqa=self.n_kv_heads != self.n_heads,
-        )
+        if mask is None and T == 1 and self.window is not None:
+            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        y_BHTK = attend(q, k, v, mask)
         out: Tensor = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
         return out
+
+
+def attend(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    mask: Tensor | None,
+    scale: float | None = None,
+) -> Tensor:
+    """Return softmax(scale Q K^T) V of every head, (B, H, T, width of v).
+
+    Args:
+        q_BHTK: queries.
+        k_BGSK: keys; consecutive H / G query heads share one.
+        v_BGSK: values, of any width.
+        mask: as in `Attention.forward`.
+        scale: of the scores; None: 1 / sqrt(K).
+    """
+    return F.scaled_dot_product_attention(
+        q_BHTK,
+        k_BGSK,
+        v_BGSK,
+        attn_mask=mask,
+        is_causal=mask is None and q_BHTK.shape[2] > 1,
+        scale=scale,
+        enable_gqa=k_BGSK.shape[1] != q_BHTK.shape[1],
+    )
+
+
+def causal_mask(n_tokens: int, device: torch.device) -> Tensor:
+    """Return (T, T) booleans, True where the query (row) may look at the key (column)."""
+    return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
+
+
+def window_mask(mask: Tensor, window: int) -> Tensor:
+    """Return the mask that leaves each query only the last `window` of the keys that it sees.
+
+    Counted from the right among the visible keys, so it holds for any layout of a cache: padding
+    and other documents take no place. Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
+
+    >>> window_mask(torch.tensor([[False, True, True, True]]), 2).tolist()
+    [[False, False, True, True]]
+    """
+    from_the_right = mask.flip(-1).long().cumsum(-1).flip(-1)
+    return mask & (from_the_right <= window)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -87,8 +135,7 @@ def document_mask(document_ids: Tensor) -> Tensor:
     """
     T = document_ids.shape[1]
     same = document_ids[:, :, None] == document_ids[:, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=document_ids.device).tril()
-    return (same & causal)[:, None]
+    return (same & causal_mask(T, document_ids.device))[:, None]
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ INT8 directories are loaded by `tinyllm.quantization`, which also knows this for
 """
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tinyllm.artifact import load_manifest, verify_files, write_json
 from tinyllm.errors import ArtifactError, ParamsError
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
-from tinyllm.params import build_params
+from tinyllm.params import build_params, to_plain
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
@@ -64,11 +65,20 @@ def load_config(directory: Path) -> tuple[ModelConfig, str]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         weight_format = document.pop("format")
-        return build_params(ModelConfig, document, str(path)), weight_format
+        return build_params(ModelConfig, {**_left_out(), **document}, str(path)), weight_format
     except FileNotFoundError:
         raise ArtifactError(f"{directory}: not a model directory, it has no {CONFIG}") from None
     except (ValueError, KeyError, AttributeError, ParamsError) as error:
         raise ArtifactError(f"{path}: damaged: {error}") from None
+
+
+def _left_out() -> dict[str, Any]:
+    """Return the values that `ModelConfig.to_json` leaves out."""
+    return {
+        field.name: to_plain(field.default)
+        for field in fields(ModelConfig)
+        if field.default is not MISSING
+    }
 
 
 def load_weights(directory: Path) -> dict[str, torch.Tensor]:

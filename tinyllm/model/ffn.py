@@ -1,4 +1,4 @@
-"""The feed-forward part of a block: SwiGLU. Dimensions: D width, F feed-forward width."""
+"""The feed-forward part of a block. Dimensions: D width, F feed-forward width."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,11 +11,37 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d, bias=False)
+        self.gate_proj = nn.Linear(config.d, config.d_ff, bias=config.bias)
+        self.up_proj = nn.Linear(config.d, config.d_ff, bias=config.bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the transformed x: any shape (..., D), kept."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), without a gate.
+
+    gelu: x * Phi(x), Hendrycks & Gimpel 2016, arXiv:1606.08415, in the tanh form of GPT-2.
+    relu2: max(x, 0)^2, So et al. 2021, arXiv:2109.08668, section 4.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.relu2 = config.ffn == "relu2"
+        self.up_proj = nn.Linear(config.d, config.d_ff, bias=config.bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed x: any shape (..., D), kept."""
+        hidden = self.up_proj(x)
+        active = F.relu(hidden).square() if self.relu2 else F.gelu(hidden, approximate="tanh")
+        out: Tensor = self.down_proj(active)
+        return out
+
+
+def build_ffn(config: ModelConfig) -> SwiGLU | MLP:
+    """Return a new feed-forward part."""
+    return SwiGLU(config) if config.ffn == "swiglu" else MLP(config)

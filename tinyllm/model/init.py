@@ -7,9 +7,11 @@
 | matrices that read the stream  | normal, 1 / sqrt(fan-in)                         |
 | o_proj, down_proj              | normal, 1 / sqrt(fan-in) / sqrt(2 n_layers)      |
 | norms                          | one                                              |
+| learned positions              | normal, 0.02                                     |
+| biases                         | zero                                             |
 
-The last two factors keep the residual stream's variance independent of depth (GPT-2 report,
-section 2.3).
+The factors of o_proj and down_proj keep the residual stream's variance independent of depth
+(GPT-2 report, section 2.3).
 """
 
 import torch
@@ -27,6 +29,8 @@ def build_model(config: ModelConfig, seed: int) -> Transformer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         model.embed_tokens.weight.normal_(0, EMBEDDING_STD, generator=generator)
+        if model.embed_positions is not None:
+            model.embed_positions.weight.normal_(0, EMBEDDING_STD, generator=generator)
         if not config.tie_embeddings:
             model.lm_head.weight.zero_()
         for name, module in model.layers.named_modules():
@@ -36,6 +40,8 @@ def build_model(config: ModelConfig, seed: int) -> Transformer:
                     (2 * config.n_layers) ** 0.5 if writes_stream else 1
                 )
                 module.weight.normal_(0, std, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
     return model
 
 

@@ -1,8 +1,8 @@
 """The decoder-only transformer: embedding, pre-normalised blocks, final norm, head.
 
-Only the model: no loss, no optimizer, no sampling. Module names are those of Hugging Face's Llama
-and Qwen3, so that weights need no renaming. Dimensions: B batch, T query positions, S key
-positions, D width, K head width, V vocabulary.
+Only the model: no loss, no optimizer, no sampling. Module names are those of Hugging Face's Llama,
+Qwen3 and DeepSeek-V3, so that weights need no renaming. Dimensions: B batch, T query positions,
+S key positions, D width, K head width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinyllm.model.attention import Attention, LayerCache, document_mask, document_positions
-from tinyllm.model.ffn import SwiGLU
-from tinyllm.model.norm import RMSNorm
-from tinyllm.model.rope import rope_tables
+from tinyllm.model.attention import (
+    Attention,
+    LayerCache,
+    causal_mask,
+    document_mask,
+    document_positions,
+    window_mask,
+)
+from tinyllm.model.ffn import build_ffn
+from tinyllm.model.mla import LatentAttention
+from tinyllm.model.norm import build_norm
+from tinyllm.model.rope import rope_tables, yarn_temperature
 from tinyllm.model.sizes import ModelConfig
 
 
@@ -37,19 +45,22 @@ class Block(nn.Module):
     Pre-normalisation: Xiong et al. 2020, arXiv:2002.04745, figure 1b.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        """Build block number `index`, from 0; it decides about the window."""
         super().__init__()
-        self.input_layernorm = RMSNorm(config.d, config.norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.d, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        window = config.window if index in config.window_layers else None
+        self.input_layernorm = build_norm(config)
+        self.self_attn = build_attention(config, window)
+        self.post_attention_layernorm = build_norm(config)
+        self.mlp = build_ffn(config)
+        self.dropout = build_dropout(config)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         """Return the block's output, (B, T, D); arguments as in `Attention.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+        out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
 
 
@@ -65,14 +76,23 @@ class Transformer(nn.Module):
         self.checkpoint_blocks = False
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d, config.norm_eps)
+        self.embed_positions = None
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_seq_len, config.d)
+        self.dropout = build_dropout(config)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = build_norm(config)
         self.lm_head = nn.Linear(config.d, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rope_tables(config.max_seq_len, config.d_head, config.rope_base)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        cos, sin = rope_tables(
+            config.max_seq_len, config.d_rope, config.rope_base, config.rope_scaling
+        )
+        # queries and keys are rotated whole, so the tables can carry YaRN's factor; where only a
+        # part of them is (latent attention), the softmax scale carries it
+        factor = yarn_temperature(config.rope_scaling) if config.mla is None else 1.0
+        self.register_buffer("rope_cos", cos * factor, persistent=False)
+        self.register_buffer("rope_sin", sin * factor, persistent=False)
 
     def forward(
         self, ids_BT: Tensor, *, document_ids: Tensor | None = None, cache: Cache | None = None
@@ -92,28 +112,55 @@ class Transformer(nn.Module):
         self, ids_BT: Tensor, *, document_ids: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Return the normalised output of the last block, (B, T, D); arguments as in `forward`."""
-        mask = None
+        T = ids_BT.shape[1]
+        mask: Tensor | None = None
+        positions: Tensor | slice = slice(T)
         if cache is not None:
-            positions, mask = cache.plan(ids_BT.shape[1])
-            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
+            positions, mask = cache.plan(T)
         elif document_ids is not None:
             mask, positions = document_mask(document_ids), document_positions(document_ids)
-            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
-        else:
-            cos, sin = self.rope_cos[: ids_BT.shape[1]], self.rope_sin[: ids_BT.shape[1]]
+        cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         x = self.embed_tokens(ids_BT)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions.weight[positions]
+        x = self.dropout(x)
+        masks = self._masks(mask, T)
         for i, block in enumerate(self.layers):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, None, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, masks[i], None, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache.layers[i] if cache is not None else None)
+                x = block(x, cos, sin, masks[i], cache.layers[i] if cache is not None else None)
         normed: Tensor = self.norm(x)
         return normed
+
+    def _masks(self, mask: Tensor | None, n_tokens: int) -> list[Tensor | None]:
+        """Return each block's mask: narrower for a block with a window.
+
+        Without a mask one token needs none there either: attention cuts the keys instead.
+        """
+        narrow = mask
+        if self.config.window is not None and (mask is not None or n_tokens > 1):
+            whole = causal_mask(n_tokens, self.rope_cos.device) if mask is None else mask
+            narrow = window_mask(whole, self.config.window)
+        windowed = self.config.window_layers
+        return [narrow if i in windowed else mask for i in range(self.config.n_layers)]
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """Return the logits of hidden states, (B, T, V)."""
         logits: Tensor = self.lm_head(x_BTD)
         return logits
+
+
+def build_attention(config: ModelConfig, window: int | None) -> Attention | LatentAttention:
+    """Return a block's attention; `window`: positions that a query sees, None for all."""
+    if config.mla is None:
+        return Attention(config, window)
+    return LatentAttention(config, config.mla, window)
+
+
+def build_dropout(config: ModelConfig) -> nn.Module:
+    """Return the model's dropout; at 0 one that touches neither the values nor the generator."""
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
 
 def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

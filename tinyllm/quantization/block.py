@@ -8,7 +8,8 @@ another order, so outputs agree to fp32 rounding and now and then one INT8 step 
 import torch
 from torch import Tensor, nn
 
-from tinyllm.model.attention import LayerCache
+from tinyllm.model.attention import Attention, LayerCache
+from tinyllm.model.ffn import SwiGLU
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.transformer import Block
 from tinyllm.ops.decode import BlockWeights, DecodeBlock
@@ -50,6 +51,9 @@ class Int8Block(Prepared, Block):
     def _weights(self) -> BlockWeights:
         """Join the layers that read the same input."""
         attention, mlp = self.self_attn, self.mlp
+        assert is_standard(self)
+        assert isinstance(attention, Attention)
+        assert isinstance(mlp, SwiGLU)
         q_norm, k_norm = attention.q_norm, attention.k_norm
         return BlockWeights(
             qkv=_join(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -65,6 +69,18 @@ class Int8Block(Prepared, Block):
             d_head=attention.d_head,
             eps=self.input_layernorm.eps,
         )
+
+
+def is_standard(block: Block) -> bool:
+    """Whether a block is of the kind that `DecodeBlock` knows; others go layer by layer."""
+    attention = block.self_attn
+    return (
+        isinstance(attention, Attention)
+        and attention.rotates
+        and attention.window is None
+        and isinstance(block.mlp, SwiGLU)
+        and isinstance(block.input_layernorm, RMSNorm)
+    )
 
 
 def _is_one_token(x: Tensor) -> bool:

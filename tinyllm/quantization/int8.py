@@ -7,16 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyllm.errors import DataError
 from tinyllm.model.transformer import Block, Transformer
 from tinyllm.ops.linear import quantize_per_row
-from tinyllm.quantization.block import Int8Block
+from tinyllm.quantization.block import Int8Block, is_standard
 from tinyllm.quantization.layers import Int8Embedding, Int8Linear
 
 KINDS = (
     *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"),
     *("gate_proj", "up_proj", "down_proj", "lm_head"),
 )
-"""The layers that have weights worth a byte each, by the last part of their name."""
+"""The layers that have weights worth a byte each, by the last part of their name.
+
+Latent attention's kv_b_proj is not among them: decoding absorbs it into queries and outputs.
+"""
 
 
 def quantize_model(model: Transformer, kinds: Collection[str] = KINDS) -> Transformer:
@@ -27,7 +32,12 @@ def quantize_model(model: Transformer, kinds: Collection[str] = KINDS) -> Transf
     Args:
         model: in floating point, on any device.
         kinds: which of `KINDS`; the rest stays in floating point.
+
+    Raises:
+        DataError: its linear layers have a bias, which INT8 layers lack.
     """
+    if model.config.bias:
+        raise DataError("quantize: INT8 layers have no bias; train with model.bias: false")
     quantized = copy.deepcopy(model).eval().requires_grad_(False)
     done: dict[int, tuple[Tensor, Tensor]] = {}
     for parent, name, layer in _layers(quantized):
@@ -57,7 +67,8 @@ def _with_int8_blocks(model: Transformer) -> Transformer:
     """Let blocks whose matrices are all INT8 decode as a whole."""
     for i, block in enumerate(model.layers):
         layers = [layer for _, _, layer in _layers(block)]
-        if isinstance(block, Block) and all(isinstance(layer, Int8Linear) for layer in layers):
+        whole = all(isinstance(layer, Int8Linear) for layer in layers)
+        if isinstance(block, Block) and whole and is_standard(block):
             model.layers[i] = Int8Block(block)
     return model
 

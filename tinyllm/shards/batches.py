@@ -47,7 +47,14 @@ class StreamBatches:
     fill a window at the two ends of a shard waits for another epoch.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        end_of_text: int | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
@@ -55,11 +62,13 @@ class StreamBatches:
             seq_len: T, inputs in a window; a window holds one token more.
             batch_size: B.
             seed: of the offsets and orders.
+            end_of_text: the token that ends every document: documents do not see each other; None:
+                they do.
 
         Raises:
             DataError: no shard holds a window.
         """
-        self._stream, self._seed = stream, seed
+        self._stream, self._seed, self._end_of_text = stream, seed, end_of_text
         self._seq_len, self._batch_size = seq_len, batch_size
         self._lengths = np.array([len(shard) for shard in stream.shards], dtype=np.int64)
         self._longest = int(self._lengths.max(initial=0))
@@ -78,7 +87,8 @@ class StreamBatches:
             shard, start = self._locate(index * self._batch_size + row)
             window[:] = self._stream.shards[shard][start : start + len(window)]
         ids, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
-        return Batch(ids=ids, targets=targets, document_ids=None)
+        documents = None if self._end_of_text is None else document_ids(ids, self._end_of_text)
+        return Batch(ids=ids, targets=targets, document_ids=documents)
 
     def windows_in_epoch(self, epoch: int) -> int:
         """Return how many windows an epoch has; it varies by one per shard with the offset."""
@@ -113,6 +123,18 @@ class StreamBatches:
     def _windows_per_shard(self, offset: int) -> NDArray[np.int64]:
         """Return how many windows fit into each shard from the offset on."""
         return np.maximum((self._lengths - 1 - offset) // self._seq_len, 0)
+
+
+def document_ids(ids_BT: NDArray[np.int64], end_of_text: int) -> NDArray[np.int64]:
+    """Return the number of each token's document in its row, (B, T).
+
+    The token that ends a document opens the next: it is what a text begins with when the model is
+    asked for one, and its target is that document's first token.
+
+    >>> document_ids(np.array([[5, 6, 0, 7, 0, 8]]), 0).tolist()
+    [[0, 0, 1, 1, 2, 2]]
+    """
+    return np.cumsum(ids_BT == end_of_text, axis=1, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import tokenizers
 
 from tinyllm.errors import ArtifactError
 from tinyllm.tokenizer.alphabet import N_RESERVED, to_bytes
-from tinyllm.tokenizer.special import SPECIAL_TOKENS
+from tinyllm.tokenizer.special import END_OF_TEXT, SPECIAL_TOKENS
 from tinyllm.tokenizer.split import chunks
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -99,6 +99,11 @@ class Tokenizer:
             ValueError: there is no such special token.
         """
         return SPECIAL_TOKENS.index(special)
+
+    @property
+    def end_of_text(self) -> int:
+        """The id of the token that ends every document."""
+        return self.id_of(END_OF_TEXT)
 
     @property
     def backend(self) -> tokenizers.Tokenizer:

@@ -18,8 +18,8 @@ from tinyllm.errors import TrainingError
 from tinyllm.training.muon import Muon
 from tinyllm.training.params import TrainingParams
 
-VOCABULARY_LAYERS = ("embed_tokens", "lm_head")
-"""Their rows belong to tokens, not to directions of one space: never orthogonalised."""
+VOCABULARY_LAYERS = ("embed_tokens", "embed_positions", "lm_head")
+"""Their rows belong to tokens or positions, not to directions of one space: not orthogonalised."""
 EPS = 1e-8
 
 

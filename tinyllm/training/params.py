@@ -102,3 +102,11 @@ class TrainingParams:
     def tokens_per_step(self) -> int:
         """Positions of one optimizer step, ignored targets included."""
         return self.seq_len * self.batch_size * self.accumulate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainParams(TrainingParams):
+    """The `pretrain` section of params.yaml."""
+
+    mask_documents: bool
+    """Documents in one sequence do not see each other, and each counts its positions from 0."""
