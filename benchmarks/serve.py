@@ -40,7 +40,7 @@ from tinyllm.inference.session import Session, open_session
 from tinyllm.model.directory import CHAT_TEMPLATE as TEMPLATE_FILE
 from tinyllm.model.directory import TOKENIZER, save_model
 from tinyllm.model.init import build_model
-from tinyllm.model.sizes import ModelParams, resolve
+from tinyllm.model.sizes import ModelConfig
 from tinyllm.quantization.load import load_any_model
 from tinyllm.serving.server import model_name
 from tinyllm.tokenizer.chat import CHAT_TEMPLATE
@@ -102,20 +102,21 @@ def build_random(directory: Path) -> Path:
         [" ".join(rng.choices(words, k=20000))],
         TokenizerParams(vocab_size=1024, min_count=2, sample_bytes=10**9),
     )
-    params = ModelParams(
+    config = ModelConfig(
+        vocab_size=len(json.loads(document)["model"]["vocab"]),
         d=256,
         n_layers=6,
-        n_heads=None,
-        n_kv_heads=None,
-        d_ff=None,
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=64,
+        d_ff=704,
         qk_norm=True,
         tie_embeddings=False,
         rope_base=10000.0,
         norm_eps=1e-6,
         max_seq_len=1024,
     )
-    vocab_size = len(json.loads(document)["model"]["vocab"])
-    model = build_model(resolve(params, vocab_size), 0).eval()
+    model = build_model(config, 0).eval()
     with torch.no_grad():  # a fresh head repeats one token
         model.lm_head.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
     with build_artifact(directory, kind="sft", made_from=[]) as draft:

@@ -13,6 +13,7 @@ from tinyllm.inference.generate import generate
 from tinyllm.inference.prefix import compute_prefix
 from tinyllm.inference.sampling import SamplingParams
 from tinyllm.inference.scheduler import QueueFullError
+from tinyllm.model.sizes import MlaSizes
 from tinyllm.quantization.int8 import quantize_model
 
 GREEDY = SamplingParams(max_new_tokens=12)
@@ -58,6 +59,27 @@ def test_together_equals_one_by_one(kind, shared):
         assert answer(request) == list(alone)
         assert request.reason == alone.reason
     assert sum(request.n_shared for request in requests) >= shared * 5  # slots were taken over
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {
+            "mla": MlaSizes(q_rank=None, kv_rank=24, d_nope=8, d_rope=4, d_v=12),
+            **{"d_head": 12, "qk_norm": False, "n_kv_heads": 4},
+        },
+        {"window": 5, "window_layers": (0,)},
+        {"positions": "learned", "norm": "layernorm", "ffn": "gelu", "bias": True},
+    ],
+    ids=["latent", "window", "gpt-2"],
+)
+def test_every_kind_of_model_is_served(kind):
+    model = tiny_model(**kind)
+    requests = [Request(prompt_ids=ids, sampling=GREEDY) for ids in prompts(6, shared=12)]
+    prefix = compute_prefix(model, requests[0].prompt_ids[:12])
+    run(engine(model, prefixes=[prefix]), requests, random.Random(1))
+    for request in requests:
+        assert answer(request) == list(generate(model, request.prompt_ids, GREEDY, {0}))
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_company():

@@ -21,10 +21,11 @@ class SlotCache:
         self, config: ModelConfig, n_slots: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         """Set the memory aside: each slot takes a sequence as long as the model's context."""
-        shape = (n_slots, config.n_kv_heads, config.max_seq_len, config.d_head)
+        n_heads, d_k, d_v = config.cached
+        shape = n_slots, n_heads, config.max_seq_len
         self._k, self._v = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-            for _ in range(2)
+            [torch.zeros(*shape, d, dtype=dtype, device=device) for _ in range(config.n_layers)]
+            for d in (d_k, d_v)
         )
 
     def rows(self, first: int, starts: Sequence[int]) -> "SlotRows":
