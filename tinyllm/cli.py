@@ -19,6 +19,7 @@ from tinyllm.errors import ParamsError, TinyllmError
 
 if TYPE_CHECKING:  # torch takes two seconds, `tinyllm --help` should not: imported when used
     from tinyllm.inference.conversation import Conversation
+    from tinyllm.inference.drafts import Draft
     from tinyllm.inference.sampling import SamplingParams
     from tinyllm.inference.session import Session
 
@@ -70,10 +71,15 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
     max_tokens: MaxTokens = 200,
+    draft: Annotated[
+        str | None, typer.Option(help="Guess ahead, same text: lookup, int8 or layers.")
+    ] = None,
 ) -> None:
     """Continue a text; only what is new is printed."""
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
-    _show(_open(model_dir).continue_text(prompt, sampling))
+    session = _open(model_dir)
+    guesses = None if draft is None else _draft(draft, session, sampling)
+    _show(session.continue_text(prompt, sampling, guesses))
 
 
 @app.command()
@@ -200,6 +206,23 @@ def _open(directory: Path) -> "Session":
 
     use_threads()
     return open_session(directory, load_any_model, choose_device())
+
+
+def _draft(kind: str, session: "Session", sampling: "SamplingParams") -> "Draft":
+    """Return what guesses ahead, or refuse its name."""
+    from tinyllm.inference.drafts import LookupDraft, ModelDraft, first_layers
+    from tinyllm.quantization.int8 import quantize_model
+
+    model = session.model
+    if kind == "lookup":
+        return LookupDraft()
+    if kind == "int8" and session.kind == "int8":
+        raise ParamsError("--draft: the model is in INT8 already; take lookup or layers")
+    if kind == "int8":
+        return ModelDraft(quantize_model(model), sampling)
+    if kind == "layers":
+        return ModelDraft(first_layers(model, model.config.n_layers // 2), sampling)
+    raise ParamsError(f"--draft: {kind!r} is not one of lookup, int8, layers")
 
 
 def _sampling(

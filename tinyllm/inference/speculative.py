@@ -19,7 +19,7 @@ from tinyllm.inference.generate import Generation, check_prompt
 from tinyllm.inference.sampling import SamplingParams, token_odds
 from tinyllm.model.transformer import Transformer
 
-PLAIN_TOKENS, DRAFT_ROUNDS, LONGEST_PAUSE = 4, 6, 256
+PLAIN_TOKENS, DRAFT_ROUNDS, LONGEST_PAUSE = 4, 3, 256
 """What is timed before a choice: tokens without and rounds with the draft; tokens between tries."""
 
 
@@ -52,7 +52,7 @@ class Payoff:
     """Decides whether to guess, from the time that tokens took with guesses and without.
 
     Phases take turns: some plain tokens, some rounds of guesses; as long as the guesses are faster
-    they go on, else they pause, each time twice as long.
+    they go on, else they pause, each time four times as long.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Payoff:
             self._rounds_left, self._guessed = DRAFT_ROUNDS, (0, 0.0)
             self._pause = PLAIN_TOKENS
         else:
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._pause = min(4 * self._pause, LONGEST_PAUSE)
             self._plain_left, self._plain = self._pause, (0, 0.0)
 
 
