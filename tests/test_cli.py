@@ -213,8 +213,9 @@ def test_the_options_are_frozen():
         for command in app.registered_commands
     }
     assert options == {
-        "generate": sampling | {"prompt"},
+        "generate": sampling | {"prompt", "draft"},
         "chat": sampling | {"system"},
+        "serve": serving,
         "doctor": {"verify_cache"},
         "preset": {"name", "args"},
     }

@@ -144,10 +144,10 @@ class Worker:
     def _run(self) -> None:
         """Be the thread."""
         while not self._is_stopping:
-            self._do_inbox()
-            if self._is_stopping or self._engine.is_idle:
-                continue
             try:
+                self._do_inbox()
+                if self._is_stopping or self._engine.is_idle:
+                    continue
                 for made in self._engine.step():
                     self._tell(made)
                 self._end_late()
