@@ -57,6 +57,23 @@ def test_generate_is_repeatable_and_seeded(run, model_dir):
     assert other.stdout != first.stdout
 
 
+def test_a_draft_changes_no_text(run, model_dir):
+    settings = ("hello", "--max-tokens", 24, "--temperature", 0)
+    plain = run("generate", model_dir, *settings)
+    for draft in ("lookup", "int8", "layers"):
+        assert run("generate", model_dir, *settings, "--draft", draft).stdout == plain.stdout
+    refused = run("generate", model_dir, *settings, "--draft", "magic")
+    assert (refused.code, refused.stderr.count("\n")) == (2, 1)
+    assert "lookup, int8, layers" in refused.stderr
+
+
+def test_serve_refuses_settings_by_the_names_of_its_options(run, model_dir):
+    refused = run("serve", model_dir, "--slots", 0, "--max-seconds", 0)
+    assert refused.code == 2
+    assert "--slots: must be at least 1, got 0" in refused.stderr
+    assert "--max-seconds" in refused.stderr
+
+
 def test_piped_questions_are_answered_in_turn(run, model_dir):
     options = ("--temperature", 0, "--max-tokens", 8)
     once = run("chat", model_dir, *options, stdin="hello\n")
@@ -189,13 +206,16 @@ def test_the_options_are_frozen():
     """A knob belongs into params.yaml, where DVC sees it; these are settings of one call."""
     sampling = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
     sampling |= {"max_tokens", "model_dir"}
+    serving = {"model_dir", "host", "port", "system", "slots", "queue", "chunk_tokens"}
+    serving |= {"max_tokens", "max_seconds", "max_body_bytes", "grace_seconds"}
     options = {
         command.callback.__name__: set(command.callback.__annotations__) - {"return"}
         for command in app.registered_commands
     }
     assert options == {
-        "generate": sampling | {"prompt"},
+        "generate": sampling | {"prompt", "draft"},
         "chat": sampling | {"system"},
+        "serve": serving,
         "doctor": {"verify_cache"},
         "preset": {"name", "args"},
     }

@@ -3,6 +3,7 @@
 Options here are settings of one call, never of a stage: what shapes a result lives in params.yaml.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tinyllm.errors import ParamsError, TinyllmError
 
 if TYPE_CHECKING:  # torch takes two seconds, `tinyllm --help` should not: imported when used
     from tinyllm.inference.conversation import Conversation
+    from tinyllm.inference.drafts import Draft
     from tinyllm.inference.sampling import SamplingParams
     from tinyllm.inference.session import Session
 
@@ -69,10 +71,15 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
     max_tokens: MaxTokens = 200,
+    draft: Annotated[
+        str | None, typer.Option(help="Guess ahead, same text: lookup, int8 or layers.")
+    ] = None,
 ) -> None:
     """Continue a text; only what is new is printed."""
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
-    _show(_open(model_dir).continue_text(prompt, sampling))
+    session = _open(model_dir)
+    guesses = None if draft is None else _draft(draft, session, sampling)
+    _show(session.continue_text(prompt, sampling, guesses))
 
 
 @app.command()
@@ -106,6 +113,48 @@ def chat(
             typer.echo(f"no such command: {question}; {HELP}", err=True)
         elif question:
             _answer(conversation, question, sampling)
+
+
+@app.command()
+def serve(
+    model_dir: ModelDir,
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0: every one of this machine.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+    system: Annotated[
+        str | None, typer.Option(help="System message of chats that bring none; computed once.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Answers made at once.")] = 16,
+    queue: Annotated[int, typer.Option(help="Requests that may wait for a slot.")] = 64,
+    chunk_tokens: Annotated[int, typer.Option(help="Prompt tokens read between two tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 1024,
+    max_seconds: Annotated[float, typer.Option(help="Longest time per call.")] = 300.0,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest body of a call.")] = 1_000_000,
+    grace_seconds: Annotated[int, typer.Option(help="For running answers at the end.")] = 10,
+) -> None:
+    """Serve a model over HTTP as OpenAI does, with a chat page; TINYLLM_API_KEY locks it."""
+    from tinyllm.serving.calls import Limits
+    from tinyllm.serving.server import ServerSettings
+    from tinyllm.serving.server import serve as run_server
+
+    try:
+        settings = ServerSettings(
+            host=host,
+            port=port,
+            n_slots=slots,
+            max_waiting=queue,
+            chunk_tokens=chunk_tokens,
+            limits=Limits(
+                max_body_bytes=max_body_bytes, max_tokens=max_tokens, max_seconds=max_seconds
+            ),
+            grace_seconds=grace_seconds,
+            system=system,
+            api_key=os.environ.get("TINYLLM_API_KEY") or None,
+        )
+    except ValueError as error:
+        raise _by_options(error) from None
+    run_server(_open(model_dir), settings, lambda line: typer.echo(line, err=True))
 
 
 @app.command()
@@ -159,6 +208,23 @@ def _open(directory: Path) -> "Session":
     return open_session(directory, load_any_model, choose_device())
 
 
+def _draft(kind: str, session: "Session", sampling: "SamplingParams") -> "Draft":
+    """Return what guesses ahead, or refuse its name."""
+    from tinyllm.inference.drafts import LookupDraft, ModelDraft, first_layers
+    from tinyllm.quantization.int8 import quantize_model
+
+    model = session.model
+    if kind == "lookup":
+        return LookupDraft()
+    if kind == "int8" and session.kind == "int8":
+        raise ParamsError("--draft: the model is in INT8 already; take lookup or layers")
+    if kind == "int8":
+        return ModelDraft(quantize_model(model), sampling)
+    if kind == "layers":
+        return ModelDraft(first_layers(model, model.config.n_layers // 2), sampling)
+    raise ParamsError(f"--draft: {kind!r} is not one of lookup, int8, layers")
+
+
 def _sampling(
     temperature: float,
     top_k: int,
@@ -182,11 +248,14 @@ def _sampling(
             max_new_tokens=max_tokens,
         )
     except ValueError as error:
-        lines = str(error).replace("max_new_tokens", "max_tokens").splitlines()
-        named = [line.split(":", 1) for line in lines]
-        raise ParamsError(
-            "\n".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named)
-        ) from None
+        raise _by_options(error) from None
+
+
+def _by_options(error: ValueError) -> ParamsError:
+    """Return the mistakes of a settings class under the names of the options."""
+    lines = str(error).replace("max_new_tokens", "max_tokens").splitlines()
+    named = [line.split(":", 1) for line in lines]
+    return ParamsError("\n".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named))
 
 
 def _questions() -> Iterator[str]:

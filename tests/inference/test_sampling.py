@@ -19,6 +19,7 @@ from tinyllm.inference.sampling import (
     next_logits,
     penalise_repetition,
     sample,
+    token_logprob,
 )
 
 IDS = torch.tensor([[3, 3, 7, 11], [0, 1, 2, 2]])
@@ -116,3 +117,14 @@ def test_draws_follow_the_probabilities_and_the_seed():
 def test_meaningless_values_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**{"max_new_tokens": 1, **values})
+
+
+def test_logprobs_are_the_raw_log_softmax():
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    told = token_logprob(logits, 7, 3)
+    exact = torch.log(torch.exp(logits.double()) / torch.exp(logits.double()).sum())
+    assert told.logprob == pytest.approx(float(exact[7]), abs=1e-6)
+    best = exact.argsort(descending=True)[:3]
+    assert [token for token, _ in told.top] == best.tolist()
+    assert [p for _, p in told.top] == pytest.approx(exact[best].tolist(), abs=1e-6)
+    assert token_logprob(logits, 7, 0).top == ()

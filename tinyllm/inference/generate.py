@@ -49,13 +49,17 @@ class Generation(Iterator[int]):
         if self.reason is not None:
             raise StopIteration
         with torch.inference_mode():
-            token = int(sample(self._logits(), self._seen, self._sampling, self._generator))
+            token = self._choose()
             self._seen[0, token] = True
         if token in self._stop_ids:
             self.reason = "stop"
             raise StopIteration
         self._ids.append(token)
         return token
+
+    def _choose(self) -> int:
+        """Return the next token, from one pass."""
+        return int(sample(self._logits(), self._seen, self._sampling, self._generator))
 
     def _full(self) -> StopReason | None:
         """Return the limit that is reached, if one is."""
@@ -91,13 +95,22 @@ def generate(
     Raises:
         DataError: the prompt is empty or fills the model's context.
     """
+    check_prompt(model, prompt_ids)
+    return Generation(model, prompt_ids, sampling, stop_ids, use_cache=use_cache)
+
+
+def check_prompt(model: Transformer, prompt_ids: Sequence[int]) -> None:
+    """Refuse a prompt that is empty or leaves no room.
+
+    Raises:
+        DataError: with the number of tokens and what the model takes.
+    """
     longest = model.config.max_seq_len
     if not 0 < len(prompt_ids) < longest:
         raise DataError(
             f"prompt: has {len(prompt_ids)} tokens, this model takes 1 to {longest - 1};"
             " shorten it or train with a larger model.max_seq_len"
         )
-    return Generation(model, prompt_ids, sampling, stop_ids, use_cache=use_cache)
 
 
 def compute_dtype(model: Transformer) -> torch.dtype:

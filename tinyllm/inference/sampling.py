@@ -103,6 +103,14 @@ def next_logits(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> T
     return logits
 
 
+def token_odds(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> Tensor:
+    """Return the probabilities that `sample` draws from, (B, V); greedy: 1 for the likeliest."""
+    logits = next_logits(logits_BV, seen_BV, params)
+    if params.temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return logits.softmax(-1)
+
+
 def sample(
     logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams, generator: torch.Generator
 ) -> Tensor:
@@ -118,3 +126,27 @@ def sample(
     if params.temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model found a token, with the likeliest alternatives."""
+
+    logprob: float
+    """ln p of the token that was taken."""
+    top: tuple[tuple[int, float], ...]
+    """(token, ln p) of the likeliest tokens, best first."""
+
+
+def token_logprob(logits_V: Tensor, token: int, n_top: int) -> TokenLogprob:
+    """Return ln softmax of raw logits at a token: what the model says, before every filter.
+
+    Args:
+        logits_V: of one position.
+        token: the one that was taken.
+        n_top: how many of the likeliest tokens are told.
+    """
+    logprobs_V = logits_V.float().log_softmax(-1)
+    best = logprobs_V.topk(min(n_top, logprobs_V.shape[-1]))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(float(logprobs_V[token]), tuple(top))

@@ -9,8 +9,10 @@ import torch
 from tinyllm.artifact import load_manifest
 from tinyllm.errors import ArtifactError
 from tinyllm.inference.conversation import Conversation, stop_ids, stream_text
+from tinyllm.inference.drafts import Draft
 from tinyllm.inference.generate import generate
 from tinyllm.inference.sampling import SamplingParams
+from tinyllm.inference.speculative import speculate
 from tinyllm.model.directory import CONFIG, TOKENIZER
 from tinyllm.model.init import count_parameters
 from tinyllm.model.transformer import Transformer
@@ -19,6 +21,8 @@ from tinyllm.tokenizer.special import END_OF_TEXT
 from tinyllm.tokenizer.tokenizer import Tokenizer
 
 MERGED = "merged"
+N_DRAFT = 4
+"""Guesses per pass of the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +43,24 @@ class Session:
         size = f", {n_parameters / 1e6:.1f} M parameters" if self.kind != "int8" else ""
         return f"{self.directory}: {self.kind}{size}, context {self.model.config.max_seq_len}"
 
-    def continue_text(self, prompt: str, sampling: SamplingParams) -> Iterator[str]:
+    def continue_text(
+        self, prompt: str, sampling: SamplingParams, draft: Draft | None = None
+    ) -> Iterator[str]:
         """Yield what follows a text, piece by piece; an empty one means the begin of a document.
+
+        Args:
+            prompt: any text.
+            sampling: how tokens are chosen.
+            draft: guesses ahead; the text is the same without it.
 
         Raises:
             DataError: the prompt does not fit into the model's context.
         """
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.id_of(END_OF_TEXT)]
-        tokens = generate(self.model, ids, sampling, stop_ids(self.tokenizer))
+        ends = stop_ids(self.tokenizer)
+        if draft is None:
+            return stream_text(generate(self.model, ids, sampling, ends), self.tokenizer)
+        tokens = speculate(self.model, ids, sampling, ends, draft, n_draft=N_DRAFT)
         return stream_text(tokens, self.tokenizer)
 
     def converse(self, system: str | None = None) -> Conversation:

@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP and a chat page over the batching engine."""
