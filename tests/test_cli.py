@@ -15,6 +15,7 @@ import pytest
 from tiny_dirs import write_model_dir
 
 from tinyllm.cli import app, main
+from tinyllm.export.hf import write_hf
 
 COMMAND = [sys.executable, "-m", "tinyllm.cli"]
 ENVIRONMENT = {**os.environ, "TINYLLM_DEVICE": "cpu", "TINYLLM_THREADS": "1", "TERM": "dumb"}
@@ -218,4 +219,17 @@ def test_the_options_are_frozen():
         "serve": serving,
         "doctor": {"verify_cache"},
         "preset": {"name", "args"},
+        "import_folder": {"folder", "model_dir"},
     }
+
+
+def test_an_exported_folder_is_imported_and_says_the_same(run, model_dir, tmp_path):
+    write_hf(model_dir, tmp_path / "hf", "a card")
+    done = run("import", tmp_path / "hf", tmp_path / "back")
+    assert (done.code, done.stdout) == (0, f"{tmp_path / 'back'}: imported\n")
+    words = ["the", "--temperature", "0", "--max-tokens", "20"]
+    assert run("generate", tmp_path / "back", *words) == run("generate", model_dir, *words)
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
+    refused = run("import", tmp_path / "hf", tmp_path / "again")
+    assert (refused.code, refused.stderr.count("\n")) == (2, 1)
+    assert "is a pickle" in refused.stderr

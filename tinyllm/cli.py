@@ -198,6 +198,20 @@ def preset(
         typer.echo(line)
 
 
+@app.command("import")
+def import_folder(
+    folder: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder: Llama, Qwen3, dense DeepSeek-V3, GPT-2.")
+    ],
+    model_dir: ModelDir,
+) -> None:
+    """Make a model directory from a checkpoint in safetensors; docs/import.md."""
+    from tinyllm.export.hf_import import import_hf
+
+    import_hf(folder, model_dir)
+    typer.echo(f"{model_dir}: imported")
+
+
 def _open(directory: Path) -> "Session":
     """Open a model directory of any kind where `TINYLLM_DEVICE` says."""
     from tinyllm.inference.session import open_session

@@ -17,8 +17,10 @@ from tinyllm.export.hf_weights import from_hf, to_hf
 from tinyllm.model.directory import load_model
 from tinyllm.model.sizes import MlaSizes, RopeScaling
 
-MLA = MlaSizes(q_rank=None, kv_rank=24, d_nope=8, d_rope=4, d_v=12)
-LATENT = {"mla": MLA, "d_head": 12, "qk_norm": False, "n_kv_heads": 4}
+MLA = MlaSizes(
+    q_rank=None, kv_rank=24, d_nope=8, d_rope=6, d_v=12
+)  # 6: no order is its own inverse
+LATENT = {"mla": MLA, "d_head": 14, "qk_norm": False, "n_kv_heads": 4}
 YARN = {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_len=16)}
 FORMS = {
     "llama": {"qk_norm": False},
