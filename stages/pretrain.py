@@ -34,7 +34,7 @@ def pretrain() -> None:
     knobs, run = params.pretrain, identity("pretrain", params, inputs)
     tokenizer, digest = Tokenizer.load(paths.TOKENIZER), load_manifest(paths.TOKENIZER).digest
     text, val = (TokenShards.open(paths.TOKENS, split, digest) for split in ("train", "val"))
-    text.check_ends(tokenizer, wanted=knobs.preflight)
+    text.check_ends(tokenizer.id_of("<|endoftext|>"), wanted=knobs.preflight)
     probe = Probe(val, tokenizer, knobs.seq_len)
     end = tokenizer.end_of_text if knobs.mask_documents else None
     model = build_model(resolve(params.model, tokenizer.vocab_size), params.seed)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -203,6 +204,16 @@ def test_ctrl_c_stops_an_answer_and_then_leaves(model_dir):
     assert terminal.leave("\x03") == 0
 
 
+def test_plan_tells_what_the_shipped_run_costs(run, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    done = run("plan", "--no-measure")
+    assert done.code == 0, done.stderr
+    for word in ("parameters", "FLOPs per token", "activations", "largest batch", "1100 of 2048"):
+        assert word in done.stdout
+    wrong = run("plan", "quantize")
+    assert (wrong.code, len(wrong.stderr.splitlines())) == (2, 1)
+
+
 def test_the_options_are_frozen():
     """A knob belongs into params.yaml, where DVC sees it; these are settings of one call."""
     sampling = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
@@ -220,6 +231,7 @@ def test_the_options_are_frozen():
         "doctor": {"verify_cache"},
         "preset": {"name", "args"},
         "import_folder": {"folder", "model_dir"},
+        "plan": {"section", "measure"},
     }
 
 

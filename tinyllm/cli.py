@@ -212,6 +212,20 @@ def import_folder(
     typer.echo(f"{model_dir}: imported")
 
 
+@app.command()
+def plan(
+    section: Annotated[str, typer.Argument(help="Of params.yaml: pretrain or sft.")] = "pretrain",
+    measure: Annotated[
+        bool, typer.Option(help="Time ten seconds of steps here for the estimated hours.")
+    ] = True,
+) -> None:
+    """Tell what a training run will cost: parameters, FLOPs, memory, hours."""
+    from tinyllm.planning import plan_section
+
+    for line in plan_section(section, measure=measure):
+        typer.echo(line)
+
+
 def _open(directory: Path) -> "Session":
     """Open a model directory of any kind where `TINYLLM_DEVICE` says."""
     from tinyllm.inference.session import open_session

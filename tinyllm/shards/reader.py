@@ -15,8 +15,6 @@ import xxhash
 from tinyllm.artifact import MANIFEST, Manifest, load_manifest
 from tinyllm.errors import ArtifactError, DataError, LineageError
 from tinyllm.shards.stream import Tokens, TokenStream
-from tinyllm.tokenizer.special import END_OF_TEXT
-from tinyllm.tokenizer.tokenizer import Tokenizer
 
 _HASH_BLOCK_BYTES = 1 << 24
 LOOKED_AT = 1000
@@ -78,17 +76,16 @@ class TokenShards:
             for start, stop in pairwise(borders):
                 yield shard[start:stop]
 
-    def check_ends(self, tokenizer: Tokenizer, *, wanted: bool) -> None:
-        """Refuse documents that do not end with <|endoftext|>, if wanted; the first ones are read.
+    def check_ends(self, end_id: int, *, wanted: bool) -> None:
+        """Refuse documents that do not end with the token <|endoftext|>, if wanted.
 
         Raises:
             DataError: a model that learns from them would never stop.
         """
-        end_id = tokenizer.id_of(END_OF_TEXT)
         for i, document in enumerate(islice(self.documents(), LOOKED_AT * wanted)):
             if len(document) == 0 or document[-1] != end_id:
                 raise DataError(
-                    f"{self.stream.name}: document {i} does not end with {END_OF_TEXT};"
+                    f"{self.stream.name}: document {i} does not end with <|endoftext|>;"
                     " run `dvc repro --force encode`"
                 )
 

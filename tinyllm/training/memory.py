@@ -29,6 +29,8 @@ from tinyllm.training.step import Stepper
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
 """Per parameter: two fp32 means, or two of one byte with an fp32 scale per block of 256."""
+ENOUGH_LAYERS = 3
+"""Every further block adds what the third one added."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,22 +96,21 @@ def estimate_memory(
         batch_size: sequences per micro-batch, in place of that of the knobs.
         packed: several documents share a row, which needs a mask.
     """
-    short, shorter = (
-        replace(config, n_layers=min(config.n_layers, n_layers)) for n_layers in (3, 2)
-    )
+
+    def rehearse(n_layers: int) -> MemoryNeed:
+        model = Transformer(replace(config, n_layers=n_layers))
+        return _rehearse(model, params, batch_size, packed=packed)
+
     with FakeTensorMode():
-        needs = [
-            _rehearse(Transformer(sizes), params, batch_size, packed=packed)
-            for sizes in (short, shorter)
-        ]
-    more = config.n_layers - short.n_layers  # every further block adds what the third one added
-    return MemoryNeed(
-        **{
-            field.name: getattr(needs[0], field.name)
-            + more * (getattr(needs[0], field.name) - getattr(needs[1], field.name))
-            for field in fields(MemoryNeed)
-        }
-    )
+        if config.n_layers <= ENOUGH_LAYERS:
+            return rehearse(config.n_layers)
+        short, shorter = rehearse(ENOUGH_LAYERS), rehearse(ENOUGH_LAYERS - 1)
+    more = config.n_layers - ENOUGH_LAYERS
+    counted = {}
+    for field in fields(MemoryNeed):
+        at, before = getattr(short, field.name), getattr(shorter, field.name)
+        counted[field.name] = at + more * (at - before)
+    return MemoryNeed(**counted)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -158,14 +159,16 @@ def _rehearse(
     )
     model.train().checkpoint = params.checkpoint
     stepper = Stepper(model, plain, torch.device("cpu"), compiled=False, progress=Silent())
-    stepper.run(0, [_blank(1, 2, packed=packed)])  # the first step makes the optimizers' states
+    stepper.run(
+        0, [blank_batch(1, 2, packed=packed)]
+    )  # the first step makes the optimizers' states
     held = [*model.parameters(), *model.buffers()]
     held += [] if stepper.average is None else stepper.average.means
     weights = _bytes(held)
     states = [o.state.values() for o in stepper.optimizers]
     optimizer = _bytes([t for each in states for state in each for t in state.values()])
     gradients = _bytes(stepper.trained)
-    micro = [_blank(batch_size, params.seq_len, packed=packed)] * min(2, params.accumulate)
+    micro = [blank_batch(batch_size, params.seq_len, packed=packed)] * min(2, params.accumulate)
     with _Watcher() as watcher:
         stepper.run(1, micro)
     if kind == "adamw8bit":
@@ -178,7 +181,7 @@ def _rehearse(
     )
 
 
-def _blank(rows: int, columns: int, *, packed: bool) -> Batch:
+def blank_batch(rows: int, columns: int, *, packed: bool) -> Batch:
     """Return a batch whose content does not matter."""
     ids = np.zeros((rows, columns), dtype=np.int64)
     return Batch(ids=ids, targets=ids, document_ids=ids if packed else None)
