@@ -10,6 +10,7 @@ from tinyllm.model.init import build_model
 from tinyllm.progress import Silent
 from tinyllm.shards.batches import Batch
 from tinyllm.training import step as step_module
+from tinyllm.training.parallel import Team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.step import Stepper
 
@@ -18,9 +19,9 @@ PARAMS = TrainingParams(**{**KNOBS, "precision": "fp32", "optimizer": "adamw", "
 
 
 def stepper(params=PARAMS, *, compiled=False, progress=None):
-    return Stepper(
-        build_model(CONFIG, 0), params, CPU, compiled=compiled, progress=progress or Silent()
-    )
+    told = progress or Silent()
+    model = build_model(CONFIG, 0)
+    return Stepper(model, params, CPU, compiled=compiled, progress=told, team=Team())
 
 
 def masked_batch(rows):

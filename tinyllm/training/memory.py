@@ -24,6 +24,7 @@ from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
 from tinyllm.progress import Silent
 from tinyllm.shards.batches import Batch
+from tinyllm.training.parallel import Team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.step import Stepper
 
@@ -158,12 +159,12 @@ def _rehearse(
         diagnostics=False,
     )
     model.train().checkpoint = params.checkpoint
-    stepper = Stepper(model, plain, torch.device("cpu"), compiled=False, progress=Silent())
-    stepper.run(
-        0, [blank_batch(1, 2, packed=packed)]
-    )  # the first step makes the optimizers' states
+    told, cpu = Silent(), torch.device("cpu")
+    stepper = Stepper(model, plain, cpu, compiled=False, progress=told, team=Team())
+    # the first step makes the optimizers' states
+    stepper.run(0, [blank_batch(1, 2, packed=packed)])
     held = [*model.parameters(), *model.buffers()]
-    held += [] if stepper.average is None else stepper.average.means
+    held += [] if stepper.average is None else list(stepper.average.means.values())
     weights = _bytes(held)
     states = [o.state.values() for o in stepper.optimizers]
     optimizer = _bytes([t for each in states for state in each for t in state.values()])
