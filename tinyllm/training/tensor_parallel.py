@@ -52,15 +52,18 @@ def split_blocks(model: Transformer, axis: DeviceMesh) -> None:
         assert isinstance(block, Block)
         parallelize_module(block, axis, _plan(block))
         attention = block.self_attn
+        assert isinstance(attention, Attention)  # checked above
         attention.n_heads //= axis.size()
         attention.n_kv_heads //= axis.size()
 
 
 def _plan(block: Block) -> dict[str, ParallelStyle]:
     """Return how each module of a block is divided."""
+    modules = dict(block.named_modules())
     plan: dict[str, ParallelStyle] = {}
     for name in BY_OUTPUTS:
-        plan[name] = ColwiseParallel()
+        if name in modules:  # only SwiGLU has a gate
+            plan[name] = ColwiseParallel()
     for name in BY_INPUTS:
         plan[name] = RowwiseParallel()
     for name in STREAM_NORMS:
@@ -69,7 +72,7 @@ def _plan(block: Block) -> dict[str, ParallelStyle]:
             output_layouts=Replicate(), desired_output_layouts=Replicate(), use_local_output=False
         )
     for name in HEAD_NORMS:
-        if not isinstance(block.get_submodule(name), nn.Identity):
+        if not isinstance(modules[name], nn.Identity):
             # one weight, but each rank's heads give only their share of its gradient
             plan[name] = SequenceParallel(sequence_dim=HEADS_AXIS, use_local_output=True)
     return plan
@@ -85,8 +88,9 @@ def _check(model: Transformer, n_ranks: int) -> None:
                 " use a divisor of it, or TINYLLM_PARALLEL=fsdp alone"
             )
     for block in model.layers:
-        divided = [block.get_submodule(name) for name in BY_OUTPUTS + BY_INPUTS]
-        plain = all(type(module) is nn.Linear for module in divided)
+        divided = {*BY_OUTPUTS, *BY_INPUTS}
+        parts = [module for name, module in block.named_modules() if name in divided]
+        plain = all(type(part) is nn.Linear for part in parts)
         if type(block.self_attn) is not Attention or not plain:
             raise TrainingError(
                 "TINYLLM_TP: this kind of block is not divided (adapters, other attention);"
