@@ -19,7 +19,7 @@ TRAINER = Path(__file__).with_name("rank_trainer.py")
 TWO_ULPS = 1e-6  # of a loss near 4, whose last bit is 2.4e-7: the bar
 KNOBS_50 = {
     "steps": 50,
-    "batch_size": 4,
+    "batch_size": 8,
     "accumulate": 1,
     "optimizer": "adamw",
     "precision": "fp32",
@@ -66,7 +66,7 @@ def test_every_layout_has_the_losses_of_one_process(tmp_path):
         assert set(outcome["codes"]) == {0}, told
         assert furthest(outcome, alone) < TWO_ULPS, outcome["said"]
         # the norm before clipping, of which 1.0 is left
-        assert furthest(outcome, alone, "norms") < 3e-6 * max(alone["norms"])
+        assert furthest(outcome, alone, "norms") < 1e-5 * max(alone["norms"])
     assert max(alone["norms"]) > KNOBS["clip_norm"]
 
 
@@ -97,8 +97,8 @@ def test_muon_gathers_the_matrix_and_gives_the_same_weights(tmp_path, layout):
     (alone, team), _ = train(
         tmp_path, {**ALONE, "place": "alone"}, {**layout, "place": "team"}, optimizer="muon"
     )
-    # its update is rounded to bf16, where the last bit of a gradient may turn one of 8
-    assert furthest(team, alone) < 2**-8
+    # its update is rounded to bf16, where a difference in a gradient's last bit may turn one of 8
+    assert furthest(team, alone) < 2**-8 * min(alone["curve"])
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_muon_gathers_the_matrix_and_gives_the_same_weights(tmp_path, layout):
     "change",
     [
         {"checkpoint": "selective"},
-        {"batch_size": 3},
+        {"batch_size": 5},
         {"accumulate": 3},
         {"clip_norm": 0.0},
         {"ema_decay": 0.9},

@@ -99,11 +99,13 @@ class Team:
         """Return the model to train: `model` itself, or a copy where each rank holds its part.
 
         The copy's blocks are split along the tensor axis now, along the data axis by `wrap_loss`.
-        `model` stays whole: for evaluation, samples and the result.
+        `model` stays whole on rank 0, for evaluation, samples and the result; the others drop it.
         """
         if not self.splits_weights:
             return model
         part = copy.deepcopy(model.to("cpu"))  # no device has to hold it whole
+        if not self.is_main:
+            model.to("meta")
         if self.n_tensor > 1:
             split_blocks(part, self._axis("tensor"))
         return part
