@@ -7,7 +7,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tinyllm.model.init import build_model
 from tinyllm.progress import Silent
 from tinyllm.training.average import WeightAverage
-from tinyllm.training.parallel import Team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.step import Stepper
 
@@ -52,7 +51,6 @@ def test_the_evaluated_and_returned_model_is_the_average_and_training_goes_on_wi
         torch.device("cpu"),
         compiled=False,
         progress=Silent(),
-        team=Team(),
     )
     for step in range(knobs.steps):
         ours.run(step, [CountingBatches(knobs).batch(2 * step + i) for i in range(2)])

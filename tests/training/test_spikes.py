@@ -6,7 +6,6 @@ from tiny_trainer import CONFIG, KNOBS, CountingBatches, run_tiny
 
 from tinyllm.model.init import build_model
 from tinyllm.progress import Silent
-from tinyllm.training.parallel import Team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.spikes import LEAST, WINDOW, count_skipped, largest_norm
 from tinyllm.training.step import Stepper
@@ -34,12 +33,7 @@ def test_outliers_are_counted_and_a_new_level_becomes_usual():
 def test_a_step_beyond_the_limit_changes_nothing():
     knobs = TrainingParams(**KNOBS)
     ours = Stepper(
-        build_model(CONFIG, 0),
-        knobs,
-        torch.device("cpu"),
-        compiled=False,
-        progress=Silent(),
-        team=Team(),
+        build_model(CONFIG, 0), knobs, torch.device("cpu"), compiled=False, progress=Silent()
     )
     batch = CountingBatches(knobs).batch(0)
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]

@@ -10,7 +10,6 @@ from tinyllm.model.init import build_model
 from tinyllm.progress import Silent
 from tinyllm.shards.batches import Batch
 from tinyllm.training import step as step_module
-from tinyllm.training.parallel import Team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.step import Stepper
 
@@ -19,9 +18,9 @@ PARAMS = TrainingParams(**{**KNOBS, "precision": "fp32", "optimizer": "adamw", "
 
 
 def stepper(params=PARAMS, *, compiled=False, progress=None):
-    told = progress or Silent()
-    model = build_model(CONFIG, 0)
-    return Stepper(model, params, CPU, compiled=compiled, progress=told, team=Team())
+    return Stepper(
+        build_model(CONFIG, 0), params, CPU, compiled=compiled, progress=progress or Silent()
+    )
 
 
 def masked_batch(rows):

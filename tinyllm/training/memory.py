@@ -24,7 +24,6 @@ from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
 from tinyllm.progress import Silent
 from tinyllm.shards.batches import Batch
-from tinyllm.training.parallel import Team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.step import Stepper
 
@@ -159,8 +158,7 @@ def _rehearse(
         diagnostics=False,
     )
     model.train().checkpoint = params.checkpoint
-    told, cpu = Silent(), torch.device("cpu")
-    stepper = Stepper(model, plain, cpu, compiled=False, progress=told, team=Team())
+    stepper = Stepper(model, plain, torch.device("cpu"), compiled=False, progress=Silent())
     # the first step makes the optimizers' states
     stepper.run(0, [blank_batch(1, 2, packed=packed)])
     held = [*model.parameters(), *model.buffers()]

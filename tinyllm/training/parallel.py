@@ -208,6 +208,10 @@ class Team:
         return self.mesh[name]
 
 
+ALONE = Team()
+"""The team of a run by itself."""
+
+
 class _Loss(nn.Module):
     """The loss as a module: FSDP and DDP act where a module is called.
 
@@ -233,7 +237,7 @@ def open_team(device: torch.device) -> Iterator[Team]:
         Interrupted: another rank has gone; that one, or who started it, says why.
     """
     if "RANK" not in os.environ:
-        yield Team()
+        yield ALONE
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     mode, n_tensor = _wanted_layout(size)

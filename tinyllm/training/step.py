@@ -25,7 +25,7 @@ from tinyllm.training.optim import (
     optimizer_state,
     set_lr,
 )
-from tinyllm.training.parallel import Team
+from tinyllm.training.parallel import ALONE, Team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.precision import autocast, build_scaler, plain_attention
 from tinyllm.training.schedule import lr_share
@@ -47,7 +47,7 @@ class Stepper:
         *,
         compiled: bool,
         progress: Progress,
-        team: Team,
+        team: Team = ALONE,
     ) -> None:
         self.model = model
         self.params = params
