@@ -58,4 +58,4 @@ def pretrain() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(pretrain)
+    run_stage(pretrain, on_ranks=True)
