@@ -128,7 +128,7 @@ struct Forward {
   // One row's scores to weights exp(scale (score - maximum)); what was summed before is corrected.
   void soften(const float* score, int64_t n, float largest, uint32_t* to, float* most, float* sum,
               float* factor) {
-    const float now = largest > *most || largest != largest ? largest : *most;
+    const float now = largest > *most ? largest : *most;
     const float unit = p.scale * kLog2E;
     *factor = exp2_lanes<S>(Vec{} + (*most - now) * unit)[0];
     Vec total = {};

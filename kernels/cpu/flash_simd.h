@@ -86,23 +86,34 @@ template <class S>
 
 template <class S>
 [[gnu::always_inline]] inline typename S::Vec larger(typename S::Vec a, typename S::Vec b) {
-  return a > b ? a : b;  // a NaN in b stays
+#ifdef __AVX512F__  // a NaN in b stays
+  return (typename S::Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return (typename S::Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+}
+
+// The sum of all lanes, and the largest one, by halves.
+template <class S>
+[[gnu::always_inline]] inline float sum_lanes(typename S::Vec x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#endif
 }
 
 template <class S>
 [[gnu::always_inline]] inline float largest_lane(typename S::Vec x) {
-  float most = x[0];
-  for (int64_t i = 1; i < S::kLanes; ++i) most = x[i] > most || x[i] != x[i] ? x[i] : most;
-  return most;
-}
-
-template <class S>
-[[gnu::always_inline]] inline float sum_lanes(typename S::Vec x) {
-  float part[S::kLanes];
-  __builtin_memcpy(part, &x, sizeof part);
-  for (int64_t width = S::kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
-  return part[0];
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#endif
 }
 
 // 2^x for x up to 127, exactly 0 below -126.5: 2^round(x) times a polynomial of the rest, |rest| <=
