@@ -6,6 +6,7 @@ K width of queries and keys, E width of values.
 """
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,20 @@ from tinyllm.ops import cpu
 FORMATS = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 128
 """Widths are multiples of 16 up to this."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSizes:
+    """What the choice of a backend depends on."""
+
+    device: torch.device
+    """Of the tensors."""
+    dtype: torch.dtype
+    """Their number format."""
+    width: int
+    """K."""
+    value_width: int
+    """E."""
 
 
 class _Heads(ctypes.Structure):
@@ -43,16 +58,31 @@ class _Attention(ctypes.Structure):
     )
 
 
-def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Return why the kernel cannot take these tensors, None if it can; builds the library."""
-    if q.dtype not in FORMATS:
-        return f"it knows fp32 and bf16, not {q.dtype}"
-    for name, width in (("heads", q.shape[-1]), ("values", v.shape[-1])):
+def refuses(sizes: AttentionSizes) -> str | None:
+    """Return why the kernel cannot serve such tensors, None if it can; builds the library."""
+    if sizes.dtype not in FORMATS:
+        return f"it knows fp32 and bf16, not {sizes.dtype}"
+    for name, width in (("heads", sizes.width), ("values", sizes.value_width)):
         if width % 16 or not 0 < width <= MAX_WIDTH:
             return f"{name} have {width} numbers, not a multiple of 16 up to {MAX_WIDTH}"
-    if reason := cpu.refuses(q.device):
+    if reason := cpu.refuses(sizes.device):
         return reason
     return "it needs AVX2" if cpu.best_isa() == 0 else None
+
+
+def attention(
+    q_BHTK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTE: Tensor,
+    document_ids: Tensor | None,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Do what `reference.attention` does."""
+    if document_ids is not None:
+        document_ids = document_ids.to(torch.int32).contiguous()
+    y: Tensor = flash_attention(q_BHTK, k_BGTK, v_BGTE, document_ids, window, scale)[0]
+    return y
 
 
 @torch.library.custom_op("tinyllm::flash_attention", mutates_args=(), device_types="cpu")
