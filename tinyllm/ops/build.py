@@ -33,6 +33,8 @@ UNITS: dict[str, tuple[str, ...]] = {
     "w8a8_scalar.cpp": (),
     "w8a8_avx2.cpp": ("-mavx2",),
     "w8a8_avx512vnni.cpp": (*AVX512, "-mavx512vnni"),
+    "adamw8bit.cpp": (),
+    "adamw8bit_avx512.cpp": AVX512,
     "flash.cpp": (),
     "flash_avx2.cpp": ("-mavx2", *FLASH),
     "flash_avx512.cpp": (*AVX512, *FLASH),

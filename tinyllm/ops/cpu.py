@@ -66,6 +66,7 @@ def load() -> tuple[Any, str]:
         *(pointer, integer, integer),
         *(integer, pointer, integer),
     )
+    library.tinyllm_adamw8bit.argtypes = (pointer, integer, integer)
     library.tinyllm_flash_forward.argtypes = (pointer, integer)
     library.tinyllm_flash_backward.argtypes = (pointer, integer)
     return library, path.name

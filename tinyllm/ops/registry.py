@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyllm.errors import TinyllmError
-from tinyllm.ops import build, cpu, decode, flash, library, reference
+from tinyllm.ops import adamw8bit, build, cpu, decode, flash, library, reference
 
 BACKENDS = ("cpu", "torch", "reference")
 
@@ -74,6 +74,12 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
     "decode_block": (
         Implementation(backend="cpu", function=decode.DecodeBlock, refuses=_cpu_refuses),
         Implementation(backend="reference", function=decode.no_decode_block, refuses=_takes_all),
+    ),
+    "adamw8bit": (
+        Implementation(backend="cpu", function=adamw8bit.step, refuses=adamw8bit.refuses),
+        Implementation(
+            backend="reference", function=adamw8bit.reference_step, refuses=_takes_all
+        ),
     ),
     "attention": (
         Implementation(backend="cpu", function=flash.attention, refuses=flash.refuses),

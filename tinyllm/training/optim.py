@@ -9,12 +9,14 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from tinyllm.errors import TrainingError
+from tinyllm.training.adamw8bit import AdamW8bit
 from tinyllm.training.muon import Muon
 from tinyllm.training.params import TrainingParams
 
@@ -78,18 +80,20 @@ def _sort_parameters(
     return hidden, tables, vectors
 
 
-def _build_adamw(groups: list[dict[str, object]], params: TrainingParams) -> Optimizer:
+def _build_adamw(groups: list[dict[str, Any]], params: TrainingParams) -> Optimizer:
     """Return AdamW with fp32 states (one fused kernel) or with 8-bit states."""
     betas = (params.beta1, params.beta2)
     if params.optimizer != "adamw8bit":
         return torch.optim.AdamW(groups, lr=params.lr, betas=betas, eps=EPS, fused=True)
+    if all(p.device.type == "cpu" for group in groups for p in group["params"]):
+        return AdamW8bit(groups, lr=params.lr, betas=betas, eps=EPS)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        from bitsandbytes.optim.adamw import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit as AdamW8bitCuda
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"optimizer: adamw8bit: bitsandbytes does not load ({reason}); use adamw"
         ) from None
-    build: Callable[..., Optimizer] = AdamW8bit
+    build: Callable[..., Optimizer] = AdamW8bitCuda
     return build(groups, lr=params.lr, betas=betas, eps=EPS)
