@@ -32,10 +32,14 @@ void quantize(const float* x, int64_t n, const StateCode& code, uint8_t* q, floa
     at = at > kBuckets - 1 ? kBuckets - 1 : at;
     bucket[i] = at + (static_cast<int32_t>(bits[i]) < 0 ? kBuckets : 0);
   }
+  uint8_t first[kStateBlock];
+  float middle[kStateBlock];
   for (int64_t i = 0; i < n; ++i) {
-    const uint8_t first = code.first[bucket[i]];
-    q[i] = static_cast<uint8_t>(first + (scaled[i] > code.middle[first] ? 1 : 0));
+    first[i] = code.first[bucket[i]];
+    middle[i] = code.middle[first[i]];
   }
+  for (int64_t i = 0; i < n; ++i)
+    q[i] = static_cast<uint8_t>(first[i] + (scaled[i] > middle[i] ? 1 : 0));
 }
 
 void step_blocks(const AdamW8bit& s, int64_t first, int64_t last) {

@@ -152,7 +152,8 @@ def reference_step(p: Tensor, g: Tensor, moments: Moments, rates: Rates) -> None
     m = m + flat * (1 - rates.beta1)
     v = _dequantize(moments.v, moments.v_scale, signed=False) * rates.beta2
     v = v + flat * flat * (1 - rates.beta2)
-    update = m / (v.sqrt() * rates.inverse2 + rates.eps)
+    root = v.double().sqrt().float()  # torch's own fp32 root is not always the nearest number
+    update = m / (root * rates.inverse2 + rates.eps)
     p.copy_((p.reshape(-1) * rates.decay - update * rates.rate).view_as(p))
     _quantize(m, moments.m, moments.m_scale, signed=True)
     _quantize(v, moments.v, moments.v_scale, signed=False)
