@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.rope import apply_rope
 from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops.attention import attention
 
 
 class LayerCache(Protocol):
@@ -64,14 +65,17 @@ class Attention(nn.Module):
         k = apply_rope(k, cos, sin).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        y_BHTK = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            enable_gqa=self.n_kv_heads != self.n_heads,
-        )
+        if self.training and mask is None and cache is None:
+            y_BHTK = attention(q, k, v)
+        else:  # evaluation, too: exported graphs must hold torch's operators alone
+            y_BHTK = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and T > 1,
+                enable_gqa=self.n_kv_heads != self.n_heads,
+            )
         out: Tensor = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
         return out
 

@@ -77,9 +77,7 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
     ),
     "adamw8bit": (
         Implementation(backend="cpu", function=adamw8bit.step, refuses=adamw8bit.refuses),
-        Implementation(
-            backend="reference", function=adamw8bit.reference_step, refuses=_takes_all
-        ),
+        Implementation(backend="reference", function=adamw8bit.reference_step, refuses=_takes_all),
     ),
     "attention": (
         Implementation(backend="cpu", function=flash.attention, refuses=flash.refuses),
