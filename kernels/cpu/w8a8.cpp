@@ -11,7 +11,8 @@
 namespace tinyllm {
 namespace {
 
-constexpr const Isa* kIsas[] = {&kScalar, &kAvx2, &kAvx512Vnni};
+// BF16 has nothing for INT8: the last two are the same.
+constexpr const Isa* kIsas[] = {&kScalar, &kAvx2, &kAvx512Vnni, &kAvx512Vnni};
 constexpr int64_t kIsaCount = sizeof kIsas / sizeof *kIsas;
 constexpr int64_t kRowsPerTask = 96;  // a panel of weights stays in L1 or L2 while this many rows pass
 
@@ -42,11 +43,13 @@ int tinyllm_isa_supported(int64_t isa) {
     case 0:
       return 1;
     case 1:
-      return __builtin_cpu_supports("avx2") ? 1 : 0;
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
     case 2:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni");
+    case 3:
+      return tinyllm_isa_supported(2) && __builtin_cpu_supports("avx512bf16") ? 1 : 0;
     default:
       return 0;
   }

@@ -71,8 +71,8 @@ extern const Isa kAvx512Vnni;
 
 // The C interface. Return 0, or a negative number where an argument is impossible.
 extern "C" {
-// 1 if the processor and the operating system can run instruction set `isa` (0 scalar, 1 AVX2,
-// 2 AVX-512 with VNNI), else 0.
+// 1 if the processor and the operating system can run instruction set `isa` (0 scalar, 1 AVX2 with
+// FMA, 2 AVX-512 with VNNI, 3 that with BF16), else 0.
 int tinyllm_isa_supported(int64_t isa);
 
 // Pack row-major weights [N][K] and compute the offsets. `packed` and `offset` have the padded sizes.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.rope import apply_rope
 from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops.attention import attention
 
 
 class LayerCache(Protocol):
@@ -74,7 +75,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         if mask is None and T == 1 and self.window is not None:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-        y_BHTK = attend(q, k, v, mask)
+        y_BHTK = attend(q, k, v, mask, learns=self.training)
         out: Tensor = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
         return out
 
@@ -85,6 +86,8 @@ def attend(
     v_BGSK: Tensor,
     mask: Tensor | None,
     scale: float | None = None,
+    *,
+    learns: bool,
 ) -> Tensor:
     """Return softmax(scale Q K^T) V of every head, (B, H, T, width of v).
 
@@ -94,7 +97,11 @@ def attend(
         v_BGSK: values, of any width.
         mask: as in `Attention.forward`.
         scale: of the scores; None: 1 / sqrt(K).
+        learns: in training; then our kernel may serve whole sequences. Exported graphs must hold
+            torch's operators alone.
     """
+    if learns and mask is None and q_BHTK.shape[2] == k_BGSK.shape[2]:
+        return attention(q_BHTK, k_BGSK, v_BGSK, scale=scale)
     return F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK,

@@ -94,7 +94,8 @@ class LatentAttention(nn.Module):
         expanded = self.kv_b_proj(latent[:, 0]).view(B, S, self.n_heads, -1).transpose(1, 2)
         k_nope, v = torch.split(expanded, [self.sizes.d_nope, self.sizes.d_v], dim=-1)
         k = torch.cat((k_nope, key.expand(-1, self.n_heads, -1, -1)), dim=-1)
-        return attend(torch.cat((q_nope, q_rope), dim=-1), k, v, mask, self.scale)
+        queries = torch.cat((q_nope, q_rope), dim=-1)
+        return attend(queries, k, v, mask, self.scale, learns=self.training)
 
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None

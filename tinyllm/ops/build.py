@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[2] / "kernels" / "cpu"
@@ -21,20 +22,23 @@ COMMON = (
     *("-ffp-contract=off", "-fno-math-errno"),
     "-Wno-psabi",  # 64-byte vectors as arguments, all inlined
 )
+AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns about its own header
+)
+FLASH = ("-mfma", "-ffp-contract=fast")  # compared within a tolerance, not bit by bit
 UNITS: dict[str, tuple[str, ...]] = {
     "w8a8.cpp": (),
     "decode.cpp": (),
     "w8a8_scalar.cpp": (),
     "w8a8_avx2.cpp": ("-mavx2",),
-    "w8a8_avx512vnni.cpp": (
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx512vnni",
-        "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",  # GCC 12 warns about its own header
-    ),
+    "w8a8_avx512vnni.cpp": (*AVX512, "-mavx512vnni"),
+    "adamw8bit.cpp": (),
+    "adamw8bit_avx512.cpp": AVX512,
+    "flash.cpp": (),
+    "flash_avx2.cpp": ("-mavx2", *FLASH),
+    "flash_avx512.cpp": (*AVX512, *FLASH),
+    "flash_avx512bf16.cpp": (*AVX512, "-mavx512bf16", *FLASH),
 }
 """Translation units and the flags that only they get; the rest must run on any x86-64."""
 COMPILE_TIMEOUT_S = 300
@@ -116,8 +120,12 @@ def _compile(target: Path) -> None:
     cxx = str(compiler())
     try:
         objects = [str(temporary / f"{name}.o") for name in UNITS]
-        for (name, flags), out in zip(UNITS.items(), objects, strict=True):
-            _run([cxx, *COMMON, *flags, "-c", str(SOURCES / name), "-o", out])
+        commands = [
+            [cxx, *COMMON, *flags, "-c", str(SOURCES / name), "-o", out]
+            for (name, flags), out in zip(UNITS.items(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
         linked = temporary / target.name
         _run([cxx, "-shared", "-fopenmp", *objects, "-o", str(linked)])
         linked.replace(target)

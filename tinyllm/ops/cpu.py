@@ -18,7 +18,7 @@ from torch import Tensor
 from tinyllm.errors import TinyllmError
 from tinyllm.ops import build
 
-ISAS = ("scalar", "avx2", "avx512vnni")
+ISAS = ("scalar", "avx2", "avx512vnni", "avx512bf16")
 """Instruction sets, slowest first; the position is the number that the library knows."""
 ALIGNMENT = 64
 LANES, GROUP = 16, 4
@@ -66,6 +66,9 @@ def load() -> tuple[Any, str]:
         *(pointer, integer, integer),
         *(integer, pointer, integer),
     )
+    library.tinyllm_adamw8bit.argtypes = (pointer, integer, integer)
+    library.tinyllm_flash_forward.argtypes = (pointer, integer)
+    library.tinyllm_flash_backward.argtypes = (pointer, integer)
     return library, path.name
 
 

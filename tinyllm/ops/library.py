@@ -1,6 +1,7 @@
-"""Backend `torch`: library calls in the middle, our quantisation around them.
+"""Backend `torch`: library calls, with what is ours around them.
 
-`torch._int_mm` multiplies INT8 matrices into INT32. Dimensions: M rows, N outputs, K inputs.
+`torch._int_mm` multiplies INT8 matrices into INT32. Dimensions: M rows, N outputs, K inputs; those
+of attention as in `reference`.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyllm.ops.reference import quantize_per_row
+from tinyllm.ops.reference import quantize_per_row, visible
 
 CUDA_MIN_ROWS = 17
 """On CUDA `_int_mm` wants more than 16 rows, and K and N divisible by 8."""
@@ -37,3 +38,26 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
         return y.view(*x.shape[:-1], n).to(x.dtype)
 
     return linear
+
+
+def attention(
+    q_BHTK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTE: Tensor,
+    document_ids: Tensor | None,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Do what `reference.attention` does, by torch's fused attention."""
+    plain = document_ids is None and not window
+    mask = None if plain else visible(q_BHTK.shape[2], document_ids, window, q_BHTK.device)
+    y: Tensor = F.scaled_dot_product_attention(
+        q_BHTK,
+        k_BGTK,
+        v_BGTE,
+        attn_mask=mask,
+        is_causal=plain,
+        scale=scale,
+        enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1],
+    )
+    return y

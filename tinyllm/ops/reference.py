@@ -1,6 +1,7 @@
 """Every operation in plain torch: the definition that all other backends equal to the last bit.
 
-Not fast. Dimensions: M rows, N outputs, K inputs.
+Not fast. Dimensions: M rows, N outputs, K inputs; for attention B batch, T positions, H query heads,
+G key-value heads, K width of queries and keys, E width of values.
 """
 
 import math
@@ -56,3 +57,51 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
         return (sums.float() * scale[..., None] * weight_scale).to(x.dtype)
 
     return linear
+
+
+def visible(
+    n_tokens: int, document_ids: Tensor | None, window: int, device: torch.device
+) -> Tensor:
+    """Return which keys (columns) a query (row) sees, (T, T) or (B, 1, T, T) booleans.
+
+    Args:
+        n_tokens: T.
+        document_ids: (B, T) integers, positions see only their own document; or None.
+        window: a query sees its own position and window - 1 before it; 0: all.
+        device: where the result lies.
+    """
+    position = torch.arange(n_tokens, device=device)
+    distance = position[:, None] - position
+    mask = distance >= 0
+    if window:
+        mask = mask & (distance < window)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    return mask
+
+
+def attention(
+    q_BHTK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTE: Tensor,
+    document_ids: Tensor | None,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Return softmax(scale Q K^T) V per head, causal, (B, H, T, E), in the inputs' format.
+
+    Vaswani et al. 2017, arXiv:1706.03762, eq. 1. Query head h reads key-value head h // (H / G).
+
+    Args:
+        q_BHTK: queries.
+        k_BGTK: keys.
+        v_BGTE: values.
+        document_ids: as in `visible`.
+        window: as in `visible`.
+        scale: of the scores.
+    """
+    shared = q_BHTK.shape[1] // k_BGTK.shape[1]
+    k, v = (x.repeat_interleave(shared, dim=1) for x in (k_BGTK, v_BGTE))
+    scores = (q_BHTK @ k.mT) * scale
+    mask = visible(q_BHTK.shape[2], document_ids, window, q_BHTK.device)
+    return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyllm.errors import TinyllmError
-from tinyllm.ops import build, cpu, decode, library, reference
+from tinyllm.ops import adamw8bit, build, cpu, decode, flash, library, reference
 
 BACKENDS = ("cpu", "torch", "reference")
 
@@ -26,8 +26,9 @@ class Implementation:
     """One of `BACKENDS`."""
     function: Callable[..., Any]
     """What runs."""
-    refuses: Callable[[Tensor], str | None]
-    """Why it cannot serve a tensor (the weight, else the input); None if it can."""
+    refuses: Callable[[Any], str | None]
+    """Why it cannot serve what it is asked about (a weight, an input, the sizes of attention); None
+    if it can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class Row:
     """The reason."""
 
 
-def _takes_all(tensor: Tensor) -> str | None:
+def _takes_all(subject: Any) -> str | None:
     """Object to nothing."""
     return None
 
@@ -74,6 +75,15 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
         Implementation(backend="cpu", function=decode.DecodeBlock, refuses=_cpu_refuses),
         Implementation(backend="reference", function=decode.no_decode_block, refuses=_takes_all),
     ),
+    "adamw8bit": (
+        Implementation(backend="cpu", function=adamw8bit.step, refuses=adamw8bit.refuses),
+        Implementation(backend="reference", function=adamw8bit.reference_step, refuses=_takes_all),
+    ),
+    "attention": (
+        Implementation(backend="cpu", function=flash.attention, refuses=flash.refuses),
+        Implementation(backend="torch", function=library.attention, refuses=_takes_all),
+        Implementation(backend="reference", function=reference.attention, refuses=_takes_all),
+    ),
 }
 """Every operation that has a choice, fastest first; the last one takes everything."""
 
@@ -90,22 +100,22 @@ def forced_backend() -> str | None:
     return None if wanted == "auto" else wanted
 
 
-def select(operation: str, tensor: Tensor) -> Implementation:
-    """Return the implementation for a tensor: the forced one, else the fastest that takes it.
+def select(operation: str, subject: Any) -> Implementation:
+    """Return the implementation for a subject: the forced one, else the fastest that takes it.
 
     An operation that the forced backend does not have goes to the reference.
 
     Raises:
-        TinyllmError: the forced backend has the operation but cannot serve the tensor.
+        TinyllmError: the forced backend has the operation but cannot serve the subject.
     """
     implementations = OPERATIONS[operation]
     forced = forced_backend()
     for implementation in implementations[:-1]:
         if forced is None:
-            if implementation.refuses(tensor) is None:
+            if implementation.refuses(subject) is None:
                 return implementation
         elif implementation.backend == forced:
-            if reason := implementation.refuses(tensor):
+            if reason := implementation.refuses(subject):
                 raise TinyllmError(
                     f"TINYLLM_KERNELS={forced}: {operation} cannot run there: {reason}; unset it"
                 )

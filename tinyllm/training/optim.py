@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tinyllm.errors import TrainingError
+from tinyllm.training.adamw8bit import AdamW8bit
 from tinyllm.training.divided import of_one_kind
 from tinyllm.training.muon import Muon
 from tinyllm.training.params import TrainingParams
@@ -112,13 +113,15 @@ def _build_adamw(groups: list[dict[str, Any]], params: TrainingParams) -> Optimi
     betas = (params.beta1, params.beta2)
     if params.optimizer != "adamw8bit":
         return torch.optim.AdamW(groups, lr=params.lr, betas=betas, eps=EPS, fused=True)
+    if all(p.device.type == "cpu" for group in groups for p in group["params"]):
+        return AdamW8bit(groups, lr=params.lr, betas=betas, eps=EPS)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        from bitsandbytes.optim.adamw import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit as AdamW8bitCuda
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"optimizer: adamw8bit: bitsandbytes does not load ({reason}); use adamw"
         ) from None
-    build: Callable[..., Optimizer] = AdamW8bit
+    build: Callable[..., Optimizer] = AdamW8bitCuda
     return build(groups, lr=params.lr, betas=betas, eps=EPS)

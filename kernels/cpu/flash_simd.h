@@ -1,0 +1,210 @@
+// The two kinds of arithmetic that attention is written in, and the product of two small matrices.
+//
+// Both see operands as 32-bit words: one fp32 number, or two bf16 numbers that are neighbours along
+// the dimension that is summed over (`kGroup` = 1 or 2). A step of a product takes one word of A,
+// the same for all lanes, and a vector of words of B. Everything is static: see w8a8.h.
+#pragma once
+#include <immintrin.h>
+
+#include "flash.h"
+
+namespace tinyllm {
+namespace {
+
+// fp32 in vectors of kLanes; what the compiler makes of them depends on the unit's flags.
+template <int64_t n_lanes, int64_t n_vectors>
+struct Fp32 {
+  static constexpr int64_t kLanes = n_lanes, kGroup = 1, kVectors = n_vectors;
+  typedef float Vec __attribute__((vector_size(n_lanes * 4)));
+  typedef int32_t Ints __attribute__((vector_size(n_lanes * 4)));
+  using Operand = Vec;
+
+  static Operand operand(const uint32_t* words) {
+    Operand x;
+    __builtin_memcpy(&x, words, sizeof x);
+    return x;
+  }
+  static Operand splat(const uint32_t* word) {
+    float x;
+    __builtin_memcpy(&x, word, sizeof x);
+    return Vec{} + x;
+  }
+  static Vec dot(Vec sum, Operand a, Operand b) { return sum + a * b; }
+  static void store_row(uint32_t* words, Vec x) { __builtin_memcpy(words, &x, sizeof x); }
+};
+
+#ifdef __AVX512BF16__
+struct Bf16 {
+  static constexpr int64_t kLanes = 16, kGroup = 2, kVectors = 4;
+  typedef float Vec __attribute__((vector_size(64)));
+  typedef int32_t Ints __attribute__((vector_size(64)));
+  using Operand = __m512bh;
+
+  static Operand operand(const uint32_t* words) { return (__m512bh)_mm512_loadu_si512(words); }
+  static Operand splat(const uint32_t* word) {
+    return (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(*word));
+  }
+  static Vec dot(Vec sum, Operand a, Operand b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
+  static void store_row(uint32_t* words, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  }
+  // Two rows, interleaved: word i holds even[i] and odd[i].
+  static void store_pair(uint32_t* words, Vec even, Vec odd) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
+    _mm512_storeu_si512(words, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+};
+#endif
+
+// A number that is known when the template is compiled.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+template <class S>
+[[gnu::always_inline]] inline typename S::Vec load(const float* x) {
+  typename S::Vec y;
+  __builtin_memcpy(&y, x, sizeof y);
+  return y;
+}
+
+template <class S>
+[[gnu::always_inline]] inline void store(float* y, typename S::Vec x) {
+  __builtin_memcpy(y, &x, sizeof x);
+}
+
+template <class S>
+[[gnu::always_inline]] inline typename S::Ints load_ints(const int32_t* x) {
+  typename S::Ints y;
+  __builtin_memcpy(&y, x, sizeof y);
+  return y;
+}
+
+template <class S>
+[[gnu::always_inline]] inline typename S::Vec larger(typename S::Vec a, typename S::Vec b) {
+#ifdef __AVX512F__  // a NaN in b stays
+  return (typename S::Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return (typename S::Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+}
+
+// The sum of all lanes, and the largest one, by halves.
+template <class S>
+[[gnu::always_inline]] inline float sum_lanes(typename S::Vec x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#endif
+}
+
+template <class S>
+[[gnu::always_inline]] inline float largest_lane(typename S::Vec x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#endif
+}
+
+// 2^x for x up to 127, exactly 0 below -126.5: 2^round(x) times a polynomial of the rest, |rest| <=
+// 1/2, with the least largest relative error (7.5e-8, about fp32's rounding).
+template <class S>
+[[gnu::always_inline]] inline typename S::Vec exp2_lanes(typename S::Vec x) {
+  using Vec = typename S::Vec;
+  using Ints = typename S::Ints;
+  x = larger<S>(Vec{} - 127.0f, x);
+  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+  const Vec rest = x - (shifted - 12582912.0f);
+  Vec series = Vec{} + 1.32764713e-3f;
+  series = series * rest + 9.67554096e-3f;
+  series = series * rest + 5.55071309e-2f;
+  series = series * rest + 2.40221202e-1f;
+  series = series * rest + 6.93146944e-1f;
+  series = series * rest + 1.00000012f;
+  Ints bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + (127 << 23);  // the whole number, biased, as an exponent
+  Vec power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return series * power;
+}
+
+// sum[r][v] += sum over steps s of a[r * a_row + s * a_step] * b[s * b_step + v-th vector].
+template <class S, int R, int V>
+[[gnu::always_inline]] inline void multiply(typename S::Vec (&sum)[R][V], const uint32_t* a,
+                                            int64_t a_row, int64_t a_step, const uint32_t* b,
+                                            int64_t b_step, int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s) {
+    typename S::Operand vectors[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) vectors[v] = S::operand(b + v * S::kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const typename S::Operand word = S::splat(a + r * a_row);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = S::dot(sum[r][v], word, vectors[v]);
+    }
+    a += a_step;
+    b += b_step;
+  }
+}
+
+// c [R][V vectors] = c * factor[r] + the product above.
+template <class S, int R, int V>
+void accumulate_tile(float* c, int64_t c_row, const float* factor, const uint32_t* a,
+                     int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_step,
+                     int64_t steps) {
+  typename S::Vec sum[R][V];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      sum[r][v] = load<S>(c + r * c_row + v * S::kLanes);
+      if (factor != nullptr) sum[r][v] *= factor[r];
+    }
+  multiply<S, R, V>(sum, a, a_row, a_step, b, b_step, steps);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store<S>(c + r * c_row + v * S::kLanes, sum[r][v]);
+}
+
+// The same for `columns` columns, a multiple of 16, as many vectors at a time as registers allow.
+template <class S, int R>
+[[gnu::always_inline]] inline void accumulate(float* c, int64_t c_row, int64_t columns,
+                                              const float* factor, const uint32_t* a,
+                                              int64_t a_row, int64_t a_step, const uint32_t* b,
+                                              int64_t steps) {
+  for (int64_t at = 0; at < columns;) {
+    const int64_t vectors = (columns - at) / S::kLanes;
+    const auto tile = [&](auto count) {
+      accumulate_tile<S, R, count.value>(c + at, c_row, factor, a, a_row, a_step, b + at, columns,
+                                         steps);
+      at += count.value * S::kLanes;
+    };
+    if constexpr (S::kVectors == 2) {
+      tile(Count<2>{});
+    } else if (vectors >= 4) {
+      tile(Count<4>{});
+    } else if (vectors == 3) {
+      tile(Count<3>{});
+    } else if (vectors == 2) {
+      tile(Count<2>{});
+    } else {
+      tile(Count<1>{});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tinyllm
