@@ -11,7 +11,7 @@ from tinyllm.model.directory import save_model
 from tinyllm.ops.reference import bind_linear_w8a8
 from tinyllm.quantization.directory import save_int8_model
 from tinyllm.quantization.gate import QuantizeParams, check_gate, rank_kinds
-from tinyllm.quantization.int8 import KINDS, quantize_model
+from tinyllm.quantization.int8 import KINDS, kinds_of, quantize_model
 from tinyllm.quantization.layers import Int8Embedding, Int8Linear
 from tinyllm.quantization.load import load_any_model
 from tinyllm.quantization.measure import EXACT_DB, measure_outputs, model_bytes, sqnr_db
@@ -134,7 +134,8 @@ def test_sqnr_is_ten_times_the_logarithm():
 
 def test_measured_noise_is_what_eight_bits_promise(model):
     figures = measure_outputs(model, quantize_model(model), IDS)
-    assert list(figures) == [kind for kind in KINDS if "_a_" not in kind and kind != "q_b_proj"]
+    assert list(figures) == kinds_of(model)
+    assert set(KINDS) - set(figures) == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"}
     for kind, figure in figures.items():
         assert 30 < figure["sqnr_db"] < 50, kind
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tinyllm.errors import GateError
 from tinyllm.model.transformer import Transformer
-from tinyllm.quantization.int8 import KINDS, quantize_model
+from tinyllm.quantization.int8 import kinds_of, quantize_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +70,6 @@ def rank_kinds(
     """
     costs = [
         (kind, (evaluate_bpb(quantize_model(model, {kind})) - before_bpb) / before_bpb)
-        for kind in KINDS
+        for kind in kinds_of(model)
     ]
     return sorted(costs, key=lambda cost: cost[1] if cost[1] == cost[1] else float("inf"))[::-1]

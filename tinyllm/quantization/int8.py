@@ -49,6 +49,12 @@ def quantize_model(model: Transformer, kinds: Collection[str] = KINDS) -> Transf
     return _with_int8_blocks(quantized)
 
 
+def kinds_of(model: nn.Module) -> list[str]:
+    """Return those of `KINDS` that a model has, in their order."""
+    present = {name for _, name, _ in _layers(model)}
+    return [kind for kind in KINDS if kind in present]
+
+
 def empty_int8_model(model: Transformer) -> Transformer:
     """Return the model with every matrix replaced by an INT8 one of zeros, to be filled by loading.
 
