@@ -30,11 +30,11 @@ class Params:
 
 def pretrain() -> None:
     """Train a new model on the token shards; a run that was stopped goes on where it was."""
-    params = load_params(Params, paths.PARAMS)
-    knobs, inputs = params.pretrain, [paths.TOKENS, paths.TOKENIZER]
-    run = identity("pretrain", params, inputs)
+    params, inputs = load_params(Params, paths.PARAMS), [paths.TOKENS, paths.TOKENIZER]
+    knobs, run = params.pretrain, identity("pretrain", params, inputs)
     tokenizer, digest = Tokenizer.load(paths.TOKENIZER), load_manifest(paths.TOKENIZER).digest
     text, val = (TokenShards.open(paths.TOKENS, split, digest) for split in ("train", "val"))
+    text.check_ends(tokenizer, wanted=knobs.preflight)
     probe = Probe(val, tokenizer, knobs.seq_len)
     end = tokenizer.end_of_text if knobs.mask_documents else None
     model = build_model(resolve(params.model, tokenizer.vocab_size), params.seed)
@@ -48,6 +48,7 @@ def pretrain() -> None:
         identity=run,
         seed=params.seed,
         progress=console_progress(),
+        fresh=True,
     )
     final = asdict(evaluate_split(model, val, knobs.seq_len, knobs.precision))
     settings = {"config": run["params"], "copies": {n: paths.TOKENIZER / n for n in COPIED}}

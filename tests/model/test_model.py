@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllm.artifact import build_artifact
 from tinyllm.errors import ArtifactError, ParamsError
@@ -138,15 +139,37 @@ def test_document_positions_restart():
     assert document_positions(documents).tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
 
 
-def test_checkpointed_blocks_give_the_same_gradients():
-    ids = torch.randint(0, 50, (2, 16))
-    gradients = []
-    for checkpoint_blocks in (False, True):
+class CountCalls(TorchDispatchMode):
+    """Counts the products and the attentions that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.attentions = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.products += name.startswith("aten.mm.")
+        self.attentions += "attention" in name and "backward" not in name
+        return function(*args, **(kwargs or {}))
+
+
+def test_checkpointing_gives_the_same_gradients_and_selective_repeats_nothing_dear():
+    ids, calls, gradients = torch.randint(0, 50, (2, 16)), {}, {}
+    for mode in ("none", "blocks", "selective"):
         model = build_model(tiny(), 0)
-        model.checkpoint_blocks = checkpoint_blocks
-        next_token_loss(model(ids), ids).backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        model.checkpoint = mode
+        with CountCalls() as count:
+            next_token_loss(model(ids), ids).backward()
+        calls[mode] = (count.products, count.attentions)
+        gradients[mode] = [parameter.grad for parameter in model.parameters()]
+    for mode in ("blocks", "selective"):
+        assert all(map(torch.equal, gradients["none"], gradients[mode]))
+    n_layers, per_block = model.config.n_layers, 6  # the last product, down_proj, is not needed
+    assert calls["none"] == calls["selective"]
+    assert calls["blocks"] == (
+        calls["none"][0] + per_block * n_layers,
+        calls["none"][1] + n_layers,
+    )
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])

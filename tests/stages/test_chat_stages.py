@@ -34,7 +34,8 @@ TRAINING = {
     **{"steps": 6, "seq_len": 64, "batch_size": 2, "accumulate": 2, "optimizer": "adamw"},
     **{"lr": 3e-3, "muon_lr": 2e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95},
     **{"schedule": "cosine", "warmup_steps": 1, "decay_share": 0.5, "min_lr_share": 0.0},
-    **{"clip_norm": 1.0, "precision": "fp32", "compile": "off", "checkpoint_blocks": False},
+    **{"clip_norm": 1.0, "precision": "fp32", "compile": "off", "checkpoint": "none"},
+    **{"ema_decay": 0.0, "spike_factor": 0.0, "diagnostics": False, "preflight": True},
     **{"log_every": 2, "eval_every": 2, "sample_every": 3, "save_every": 1, "replay_rows": 1},
 }
 CHAT = {

@@ -11,7 +11,7 @@ from stages.identity import identity, trajectory
 from stages.pretrain import Params, pretrain
 from tinyllm import paths
 from tinyllm.artifact import build_artifact, file_sha256, load_manifest, verify_files, write_json
-from tinyllm.errors import LineageError, ParamsError
+from tinyllm.errors import DataError, LineageError, ParamsError
 from tinyllm.evaluation.probe import PROBE_TOKENS, Probe
 from tinyllm.model.directory import load_model
 from tinyllm.params import load_params, read_yaml
@@ -71,9 +71,9 @@ def asked(monkeypatch):
     indices = []
     real = loop.Stepper.run
 
-    def run(self, step, batches):
+    def run(self, step, *rest):
         indices.append(step)
-        return real(self, step, batches)
+        return real(self, step, *rest)
 
     monkeypatch.setattr(loop.Stepper, "run", run)
     return indices
@@ -141,6 +141,16 @@ def test_bad_input_is_refused_before_a_step(pipeline, asked):
     assert not paths.PRETRAIN.exists()
 
 
+def test_documents_without_their_end_are_refused_unless_nobody_asks(pipeline, asked, monkeypatch):
+    real = TokenShards.documents
+    monkeypatch.setattr(TokenShards, "documents", lambda self: (d[:-1] for d in real(self)))
+    with pytest.raises(DataError, match=r"train: document 0 does not end with <|endoftext|>"):
+        pretrain()
+    assert asked == []
+    write_params(pretrain={"preflight": False})
+    pretrain()
+
+
 def test_the_identity_knows_params_inputs_and_code_and_nothing_else(pipeline):
     inputs = [paths.TOKENS, paths.TOKENIZER]
     params = load_params(Params, paths.PARAMS)
@@ -188,9 +198,9 @@ def test_another_kind_of_model_trains_on_documents_apart(pipeline, monkeypatch):
     seen = []
     real = loop.Stepper.run
 
-    def run(self, step, batches):
+    def run(self, step, batches, *others):
         seen.extend(batch.document_ids for batch in batches)
-        return real(self, step, batches)
+        return real(self, step, batches, *others)
 
     monkeypatch.setattr(loop.Stepper, "run", run)
     model = {"attention": "mla", "window": 8, "dropout": 0.1, "ffn": "relu2"}

@@ -63,12 +63,34 @@ def test_signals_save_the_step_they_interrupt(tmp_path, undisturbed):
     assert again["metrics"]["seconds"] == whole["metrics"]["seconds"]
 
 
-@pytest.mark.slow  # fp16 has no fast products on most CPUs, bitsandbytes imports for seconds
+EVERYTHING = {
+    **{"checkpoint": "selective", "ema_decay": 0.9, "spike_factor": 1.1, "diagnostics": True},
+    "preflight": True,
+}
+slow = pytest.mark.slow  # fp16 has no fast products on most CPUs, bitsandbytes imports for seconds
+
+
 @pytest.mark.parametrize(
-    "over", [{"precision": "fp16"}, {"optimizer": "adamw8bit", "precision": "fp32"}], ids=str
+    "over",
+    [
+        EVERYTHING,
+        pytest.param({"precision": "fp16"}, marks=slow),
+        pytest.param({"optimizer": "adamw8bit", "precision": "fp32"}, marks=slow),
+        pytest.param({"optimizer": "adamw", "precision": "fp32", "accumulate": 1}, marks=slow),
+        pytest.param({"schedule": "cosine", "clip_norm": 0.0}, marks=slow),
+        pytest.param({"checkpoint": "blocks"}, marks=slow),
+        pytest.param({"checkpoint": "selective"}, marks=slow),
+        pytest.param({"ema_decay": 0.9}, marks=slow),
+        pytest.param({"spike_factor": 1.1}, marks=slow),
+        pytest.param({"diagnostics": True}, marks=slow),
+        pytest.param({"preflight": True}, marks=slow),
+        pytest.param({**EVERYTHING, "precision": "fp16"}, marks=slow),
+    ],
+    ids=lambda over: ",".join(map(str, over.values())),
 )
 def test_other_states_resume_to_the_same_bits(tmp_path, over):
-    killed = {"death": "at batch", "n": 33, "over": over}
+    at = 16 * over.get("accumulate", 2) + 1
+    killed = {"death": "at batch", "n": at, "over": over}
     dead, resumed = attempts(tmp_path, killed, {"over": over})
     (whole,) = attempts(tmp_path / "whole", {"over": over})
     assert dead["code"] == -9
@@ -88,8 +110,9 @@ def test_other_knobs_begin_anew_and_are_named_but_log_knobs_and_threads_resume(t
 
 
 @pytest.mark.slow
-def test_compiled_runs_resume_to_the_same_bits(tmp_path):
-    over = {"compile": "on"}
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_compiled_runs_resume_to_the_same_bits(tmp_path, more):
+    over = {**more, "compile": "on"}
     (whole,) = attempts(tmp_path / "whole", {"over": over})
     deaths = [("at batch", 15), ("in save", 2), ("at batch", 35), ("TERM", 41), (None, 0)]
     plans = [{"death": death, "n": n, "over": over} for death, n in deaths]

@@ -84,9 +84,10 @@ def test_fp16_skips_a_step_whose_gradient_overflows_and_lowers_the_scale():
     assert all(map(torch.equal, before, ours.model.parameters()))
 
 
-def test_checkpointed_blocks_give_the_same_step():
+@pytest.mark.parametrize("mode", ["blocks", "selective"])
+def test_checkpointing_gives_the_same_step(mode):
     plain, saving = stepper(), stepper()
-    saving.model.checkpoint_blocks = True
+    saving.model.checkpoint = mode
     for ours in (plain, saving):
         ours.run(3, [masked_batch(2)])
     assert all(map(torch.equal, plain.model.parameters(), saving.model.parameters()))

@@ -61,7 +61,11 @@ KNOBS = {
     "clip_norm": 1.0,
     "precision": "bf16",
     "compile": "off",
-    "checkpoint_blocks": False,
+    "checkpoint": "none",
+    "ema_decay": 0.0,
+    "spike_factor": 0.0,
+    "diagnostics": False,
+    "preflight": False,
     "log_every": 4,
     "eval_every": 6,
     "sample_every": 10,
@@ -109,7 +113,7 @@ def run_tiny(over=None, before=lambda index: None, progress=None, **others):
     knobs = TrainingParams(**{**KNOBS, **(over or {})})
     model = build_model(CONFIG, seed=5)
     batches = CountingBatches(knobs, before)
-    visible = {"log_every", "eval_every", "sample_every", "save_every"}
+    visible = {"diagnostics", "preflight", "log_every", "eval_every", "sample_every", "save_every"}
     shaping = {key: value for key, value in {**KNOBS, **(over or {})}.items() if key not in visible}
     arguments = {
         "evaluate": figures,
@@ -123,11 +127,11 @@ def run_tiny(over=None, before=lambda index: None, progress=None, **others):
 
 
 def fingerprint(model, result):
-    """Return a hash over all weights, the curve and the samples."""
+    """Return a hash over all weights, the curves and the samples."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
-    digest.update(json.dumps([result.curve, result.samples]).encode())
+    digest.update(json.dumps([result.curve, result.gradients, result.samples]).encode())
     return digest.hexdigest()
 
 

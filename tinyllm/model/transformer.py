@@ -8,10 +8,8 @@ S key positions, D width, K head width, V vocabulary.
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from tinyllm.model.attention import (
     Attention,
@@ -21,6 +19,7 @@ from tinyllm.model.attention import (
     document_positions,
     window_mask,
 )
+from tinyllm.model.checkpointing import Checkpoint, run_block
 from tinyllm.model.ffn import build_ffn
 from tinyllm.model.mla import LatentAttention
 from tinyllm.model.norm import build_norm
@@ -73,8 +72,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.checkpoint: Checkpoint = "none"
+        """What blocks keep for the backward pass; the rest is computed again."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d)
         self.embed_positions = None
         if config.positions == "learned":
@@ -102,8 +101,7 @@ class Transformer(nn.Module):
         Args:
             ids_BT: token ids, int64.
             document_ids: (B, T) where several documents share a row: they do not see each other
-            and each counts its
-                positions from 0. Not together with a cache.
+                and each counts its positions from 0. Not together with a cache.
             cache: earlier positions; the new ones are appended to it.
         """
         return self.head(self.hidden(ids_BT, document_ids=document_ids, cache=cache))
@@ -126,10 +124,8 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         masks = self._masks(mask, T)
         for i, block in enumerate(self.layers):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, masks[i], None, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, masks[i], cache.layers[i] if cache is not None else None)
+            layer = cache.layers[i] if cache is not None else None
+            x = run_block(block, self.checkpoint, x, cos, sin, masks[i], layer)
         normed: Tensor = self.norm(x)
         return normed
 

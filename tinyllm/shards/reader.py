@@ -5,7 +5,7 @@ shard is compared with the manifest (size and xxh3_128, 28 GB/s) before its firs
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,12 @@ import xxhash
 from tinyllm.artifact import MANIFEST, Manifest, load_manifest
 from tinyllm.errors import ArtifactError, DataError, LineageError
 from tinyllm.shards.stream import Tokens, TokenStream
+from tinyllm.tokenizer.special import END_OF_TEXT
+from tinyllm.tokenizer.tokenizer import Tokenizer
 
 _HASH_BLOCK_BYTES = 1 << 24
+LOOKED_AT = 1000
+"""Documents whose ends are checked."""
 
 
 class TokenShards:
@@ -73,6 +77,20 @@ class TokenShards:
             borders = tokens.offsets.to_numpy()
             for start, stop in pairwise(borders):
                 yield shard[start:stop]
+
+    def check_ends(self, tokenizer: Tokenizer, *, wanted: bool) -> None:
+        """Refuse documents that do not end with <|endoftext|>, if wanted; the first ones are read.
+
+        Raises:
+            DataError: a model that learns from them would never stop.
+        """
+        end_id = tokenizer.id_of(END_OF_TEXT)
+        for i, document in enumerate(islice(self.documents(), LOOKED_AT * wanted)):
+            if len(document) == 0 or document[-1] != end_id:
+                raise DataError(
+                    f"{self.stream.name}: document {i} does not end with {END_OF_TEXT};"
+                    " run `dvc repro --force encode`"
+                )
 
 
 def _shard_entries(directory: Path, split: str, manifest: Manifest) -> list[dict[str, Any]]:

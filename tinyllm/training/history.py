@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm.training import speed
+from tinyllm.training import diagnosis, speed, spikes
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.schedule import lr_share
 
@@ -17,21 +17,28 @@ from tinyllm.training.schedule import lr_share
 class History:
     """Loss, gradient norm and time of every step; evaluations; samples."""
 
-    def __init__(self, params: TrainingParams, device: torch.device) -> None:
+    def __init__(self, params: TrainingParams, device: torch.device, parts: list[str]) -> None:
         self.params = params
+        self.parts = parts
+        """Names of what has a gradient norm of its own."""
         self.device = device
         self.losses = torch.zeros(params.steps, device=device)
         self.norms = torch.zeros(params.steps, device=device)
         self.seconds = torch.zeros(params.steps)
+        n_figures = len(diagnosis.NOISE) + len(parts)
+        n_rows = params.steps if params.diagnostics else 0
+        self.diagnoses = torch.full((n_rows, n_figures), float("nan"), device=device)
         self.evaluations: list[dict[str, float | int]] = []
         self.samples: list[dict[str, Any]] = []
         self._looked_at = 0
         self._started_s = time.perf_counter()
 
-    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
+    def add(self, step: int, loss: Tensor, norm: Tensor, figures: Tensor | None = None) -> None:
         """Remember one step's figures without waiting for them."""
         self.losses[step] = loss
         self.norms[step] = norm
+        if figures is not None:
+            self.diagnoses[step] = figures
 
     def look(self, done: int) -> int | None:
         """Wait for the steps up to `done` and time them together.
@@ -113,12 +120,21 @@ class History:
             rows[step] = {**rows.get(step, {}), **evaluation}
         return [rows[step] for step in sorted(rows)]
 
+    def gradients(self) -> list[dict[str, float | int]]:
+        """Return a row per `log_every` steps about the gradients, if they were watched."""
+        return diagnosis.rows(self.diagnoses, self.parts, self.params.log_every)
+
+    def n_skipped(self) -> int:
+        """Return how many steps were skipped because their gradient was an outlier."""
+        return spikes.count_skipped(self.norms, self.params.spike_factor)
+
     def state(self) -> dict[str, Any]:
         """Return everything, as tensors and plain values."""
         return {
             "losses": self.losses,
             "norms": self.norms,
             "seconds": self.seconds,
+            "diagnoses": self.diagnoses,
             "evaluations": self.evaluations,
             "samples": self.samples,
             "looked_at": self._looked_at,
@@ -130,5 +146,7 @@ class History:
         self.norms = state["norms"].to(self.device)
         self.seconds = state["seconds"]
         self.evaluations, self.samples = state["evaluations"], state["samples"]
+        if len(state["diagnoses"]) == len(self.diagnoses):  # else the knob was turned meanwhile
+            self.diagnoses = state["diagnoses"].to(self.device)
         self._looked_at = state["looked_at"]
         self.restart_clock()

@@ -20,10 +20,13 @@ from tinyllm.shards.batches import Batches
 from tinyllm.training import speed
 from tinyllm.training.compiling import should_compile
 from tinyllm.training.determinism import deterministic
+from tinyllm.training.diagnosis import part_names
 from tinyllm.training.history import History
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.precision import DTYPES, choose_device, use_threads
+from tinyllm.training.preflight import preflight
 from tinyllm.training.rng import rng_state, seed_everything, set_rng_state
+from tinyllm.training.spikes import largest_norm
 from tinyllm.training.state import State, Store, open_store
 from tinyllm.training.step import Stepper
 from tinyllm.training.stop import Watch, watch
@@ -38,6 +41,8 @@ class TrainResult:
 
     curve: list[dict[str, float | int]]
     """A row per `log_every` steps: step, train_loss, grad_norm, lr_share, evaluations."""
+    gradients: list[dict[str, float | int]]
+    """Likewise: step, noise_scale, the gradient norm of each part; empty unless asked for."""
     samples: list[dict[str, Any]]
     """`{"step": ..., "text": ...}`, from before the first step to after the last."""
     metrics: dict[str, float | int]
@@ -55,6 +60,7 @@ def train(
     identity: Mapping[str, Any],
     seed: int,
     progress: Progress,
+    fresh: bool = False,
 ) -> TrainResult:
     """Train the parameters of `model` that require a gradient, in place; it ends on the CPU.
 
@@ -69,6 +75,7 @@ def train(
             identity is resumed.
         seed: of the global random generators.
         progress: what is told meanwhile.
+        fresh: the weights are untrained, which the preflight should find true.
 
     Raises:
         ParamsError: sequences are longer than the model serves.
@@ -86,11 +93,14 @@ def train(
     with open_store(paths.inflight_root(), stage, identity, progress) as store, watch() as watching:
         stored = _find_state(store, stage, progress)
         run = _Run(model, params, batches, evaluate, sample, stage, device, store, progress)
+        if stored is None and params.preflight:
+            preflight(model, params, batches.batch(0), device, stage=stage, fresh=fresh)
         run.begin(stored, threads)
         with deterministic(wanted=run.stepper.compiled and device.type == "cpu"):
             run.finish(watching)
         store.prune_others()
         result = run.result()
+        run.stepper.use_average()
     model.to("cpu").eval()
     return result
 
@@ -130,7 +140,7 @@ class _Run:
         self.evaluate, self.sample = evaluate, sample
         self.stage, self.device, self.store, self.progress = stage, device, store, progress
         self.flops_per_token = speed.flops_per_token(model, params.seq_len)
-        self.history = History(params, device)
+        self.history = History(params, device, part_names(model))
         self.step = 0
         self.peak_memory_bytes = 0
 
@@ -138,7 +148,7 @@ class _Run:
         """Build what makes steps and bring it to where the stored state ends."""
         wanted = should_compile(self.params, self.flops_per_token, self.device)
         compiled = wanted if stored is None else stored["compiled"]
-        self.model.checkpoint_blocks = self.params.checkpoint_blocks
+        self.model.checkpoint = self.params.checkpoint
         self.threads = threads
         self.stepper = Stepper(
             self.model, self.params, self.device, compiled=compiled, progress=self.progress
@@ -177,9 +187,11 @@ class _Run:
         peak = speed.peak_flops_per_s(DTYPES[self.params.precision], self.device)
         return TrainResult(
             curve=self.history.curve(),
+            gradients=self.history.gradients(),
             samples=self.history.samples,
             metrics={
                 "steps_done": self.params.steps,
+                "skipped_steps": self.history.n_skipped(),
                 "train_loss": self.history.last_loss(),
                 "tokens": self.params.tokens_per_step * self.params.steps,
                 "tokens_per_s": tokens_per_s,
@@ -195,8 +207,9 @@ class _Run:
         """Make one step; look at its figures when that does not make a GPU wait."""
         first = self.step * self.params.accumulate
         micro = [self.batches.batch(first + i) for i in range(self.params.accumulate)]
-        loss, norm = self.stepper.run(self.step, micro)
-        self.history.add(self.step, loss, norm)
+        limit = largest_norm(self.history.norms, self.step, self.params.spike_factor)
+        loss, norm = self.stepper.run(self.step, micro, limit)
+        self.history.add(self.step, loss, norm, self.stepper.diagnosis)
         self.step += 1
         if self.device.type == "cpu" or self._is_anything_due():
             self._look()
@@ -234,7 +247,7 @@ class _Run:
         if not evaluate and not sample:
             return
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.stepper.averaged():
             if evaluate:
                 self.history.add_evaluation(self.step, self.evaluate(self.model))
             if sample and self.sample is not None:

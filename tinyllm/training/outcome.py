@@ -1,4 +1,4 @@
-"""The files that tell how a training run went: metrics.json, curve.tsv, samples.json."""
+"""The files that tell how a training run went: metrics, curve, samples; gradients if asked."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,4 +21,9 @@ def write_outcome(
     """
     write_table(reports / stage / "curve.tsv", thin(result.curve))
     write_json(reports / stage / "samples.json", result.samples)
+    gradients = reports / stage / "gradients.tsv"
+    if result.gradients:
+        write_table(gradients, thin(result.gradients))
+    else:
+        gradients.unlink(missing_ok=True)  # of a run that was asked for them
     write_metrics(reports, stage, {**result.metrics, **figures})

@@ -3,12 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tinyllm.model.checkpointing import Checkpoint
+
 Optimizer = Literal["adamw", "adamw8bit", "muon"]
 Schedule = Literal["cosine", "wsd"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Compile = Literal["auto", "on", "off"]
 
-NOT_TRAJECTORY = ("log_every", "eval_every", "sample_every", "save_every")
+NOT_TRAJECTORY = (
+    "diagnostics",
+    "preflight",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "save_every",
+)
 """Fields that change what is told and stored, never the weights: a run resumes across them."""
 
 
@@ -50,8 +59,16 @@ class TrainingParams:
     """Of activations and products; weights and optimizer states stay fp32. fp16 scales the loss."""
     compile: Compile
     """`torch.compile`: `auto` compiles when the run is long enough to win the time back."""
-    checkpoint_blocks: bool
-    """Recompute each block in the backward pass: less memory, about a quarter slower."""
+    checkpoint: Checkpoint
+    """What blocks keep for the backward pass: everything, their input, or the dear outputs too."""
+    ema_decay: float
+    """Decay of the running mean of weights, evaluated and saved in their place; 0: off."""
+    spike_factor: float
+    """A step whose gradient norm is above this many times the recent median is skipped; 0: off."""
+    diagnostics: bool
+    """Norm of every layer's gradient and the noise scale, in gradients.tsv."""
+    preflight: bool
+    """Look for common mistakes before the first step."""
     log_every: int
     """Steps per row of the curve."""
     eval_every: int
@@ -70,7 +87,7 @@ class TrainingParams:
         """Return one line per refused field, beginning with its name; subclasses add theirs."""
         least = {"steps": 1, "seq_len": 1, "batch_size": 1, "accumulate": 1, "log_every": 1}
         least |= {"warmup_steps": 0, "eval_every": 0, "sample_every": 0, "save_every": 0}
-        least |= {"weight_decay": 0, "clip_norm": 0}
+        least |= {"weight_decay": 0, "clip_norm": 0, "spike_factor": 0}
         problems = [
             f"{name}: must be at least {low}, got {getattr(self, name)}"
             for name, low in least.items()
@@ -83,7 +100,7 @@ class TrainingParams:
         ]
         problems += [
             f"{name}: must be at least 0 and below 1, got {getattr(self, name)}"
-            for name in ("beta1", "beta2")
+            for name in ("beta1", "beta2", "ema_decay")
             if not 0 <= getattr(self, name) < 1
         ]
         problems += [
@@ -91,6 +108,11 @@ class TrainingParams:
             for name in ("decay_share", "min_lr_share")
             if not 0 <= getattr(self, name) <= 1
         ]
+        if 0 < self.spike_factor <= 1:
+            problems.append(
+                f"spike_factor: {self.spike_factor} would skip half of all steps;"
+                " take about 3 or more, 0 is off"
+            )
         if 0 < self.steps < self.warmup_steps:
             problems.append(
                 f"warmup_steps: {self.warmup_steps} is more than steps = {self.steps};"

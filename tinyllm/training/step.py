@@ -4,16 +4,20 @@ Knows nothing about files, curves or time.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tinyllm.model.loss import linear_cross_entropy
 from tinyllm.model.transformer import Transformer, next_token_loss
 from tinyllm.progress import Progress
 from tinyllm.shards.batches import Batch
+from tinyllm.training.average import WeightAverage
 from tinyllm.training.compiling import compile_loss, is_compile_failure
+from tinyllm.training.diagnosis import noise_and_signal, part_norms
 from tinyllm.training.optim import build_optimizers, set_lr
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.precision import autocast, build_scaler, plain_attention
@@ -43,12 +47,24 @@ class Stepper:
         self.optimizers = build_optimizers(model, params)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scaler = build_scaler(params.precision, device)
+        decay = params.ema_decay
+        self.average = WeightAverage(self.trained, decay) if decay else None
+        self.diagnosis: Tensor | None = None
+        """Of the last step, if wanted: noise, signal and norms, as `tinyllm.training.diagnosis`."""
         self._progress = progress
         self._plain_pays = device.type == "cpu" and params.seq_len <= PLAIN_ATTENTION_TOKENS
         self._loss = compile_loss(self._eager_loss) if compiled else self._eager_loss
 
-    def run(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    def run(
+        self, step: int, batches: Sequence[Batch], largest_norm: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Make update number `step` with the gradient of all micro-batches together.
+
+        Args:
+            step: index of the update.
+            batches: its micro-batches.
+            largest_norm: a gradient with a larger norm updates nothing; to know, a GPU is waited
+                for. None: any gradient will do, and nothing waits.
 
         Returns:
             The loss in nats per token before the update and the gradient's L2 norm before clipping,
@@ -64,12 +80,28 @@ class Stepper:
             loss = self._backward(batches)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = self._clip()
+        norm = self._norm()
+        if self.params.diagnostics:
+            self._diagnose(norm)
+        if largest_norm is None or bool(norm <= largest_norm):
+            self._clip(norm)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update(step)
         return loss, norm
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return the context in which the model has the weights that will be saved."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def use_average(self) -> None:
+        """Give the model the weights that are saved; no step may follow."""
+        if self.average is not None:
+            self.average.swap()
 
     def state(self) -> dict[str, Any]:
         """Return all that shapes the next step, as tensors and plain values."""
@@ -77,6 +109,7 @@ class Stepper:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.means,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -85,42 +118,64 @@ class Stepper:
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
         self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load(state["average"])
 
     def _backward(self, batches: Sequence[Batch]) -> Tensor:
         """Add up the gradients; the loss is divided by the targets of all micro-batches.
 
         Dividing each by its own count would weigh a token by how few its neighbours are.
         """
-        n_targets = max(1, sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches))
+        counts = [int((batch.targets != IGNORED_TARGET).sum()) for batch in batches]
+        n_targets = max(1, sum(counts))
         total = torch.zeros((), device=self.device)
-        for batch in batches:
+        for i, batch in enumerate(batches):
             documents = None if batch.document_ids is None else self._move(batch.document_ids)
             with plain_attention(wanted=self.compiled and self._plain_pays):
                 loss = self._loss(self._move(batch.ids), self._move(batch.targets), documents)
             loss = loss / n_targets
             torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
+            if i == 0 and self.params.diagnostics:
+                self._first = (self._norm() / self.scaler.scale(total.new_ones(())), counts[0])
+        self._n_targets = n_targets
         return total
 
     def _eager_loss(self, ids: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
-        """Return the summed loss of one micro-batch."""
+        """Return the summed loss of one micro-batch, without the logits of all its positions."""
+        head = self.model.lm_head
         with autocast(self.params.precision, self.device):
-            return next_token_loss(self.model(ids, document_ids=documents), targets)
+            x = self.model.hidden(ids, document_ids=documents)
+            if type(head) is nn.Linear:
+                return linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
+            return next_token_loss(self.model.head(x), targets)  # a head with a LoRA adapter
 
-    def _clip(self) -> Tensor:
-        """Shorten the gradient to `clip_norm`; return its norm before that.
+    def _norm(self) -> Tensor:
+        """Return the L2 norm of the whole gradient."""
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _clip(self, norm: Tensor) -> None:
+        """Shorten a gradient of this norm to `clip_norm`.
 
         Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
         """
-        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
         if self.params.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.params.clip_norm, norm)
-        return norm
+
+    def _diagnose(self, norm: Tensor) -> None:
+        """Note what `tinyllm.training.diagnosis` tells about the gradient, before it is clipped."""
+        first, n_first = self._first
+        share = n_first / self._n_targets  # the first gradient was divided by all targets
+        both = noise_and_signal(first / max(share, 1e-12), n_first, norm, self._n_targets)
+        self.diagnosis = torch.cat([both, part_norms(self.model)])
 
     def _move(self, array: np.ndarray) -> Tensor:
         """Return a batch's array on the device, without waiting for the copy."""
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # only from pinned memory the copy runs by itself
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _fall_back(self, error: Exception) -> None:
         """Go on without the compiler; nothing has been updated yet."""
