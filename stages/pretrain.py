@@ -35,14 +35,13 @@ def pretrain() -> None:
     tokenizer, digest = Tokenizer.load(paths.TOKENIZER), load_manifest(paths.TOKENIZER).digest
     text, val = (TokenShards.open(paths.TOKENS, split, digest) for split in ("train", "val"))
     text.check_ends(tokenizer.id_of("<|endoftext|>"), wanted=knobs.preflight)
-    probe = Probe(val, tokenizer, knobs.seq_len)
     end = tokenizer.end_of_text if knobs.mask_documents else None
     model = build_model(resolve(params.model, tokenizer.vocab_size), params.seed)
     result = train(
         model,
         knobs,
         StreamBatches(text.stream, knobs.seq_len, knobs.batch_size, params.seed, end),
-        evaluate=lambda model: probe.evaluate(model, knobs.precision),
+        evaluate=Probe(val, tokenizer, knobs.seq_len, knobs.precision).evaluate,
         sample=lambda model: sample_text(model, tokenizer),
         stage="pretrain",
         identity=run,
@@ -50,11 +49,11 @@ def pretrain() -> None:
         progress=console_progress(),
         fresh=True,
     )
-    final = asdict(evaluate_split(model, val, knobs.seq_len, knobs.precision))
     settings = {"config": run["params"], "copies": {n: paths.TOKENIZER / n for n in COPIED}}
     with build_artifact(paths.PRETRAIN, kind="pretrain", made_from=inputs, **settings) as draft:
         save_model(model, draft.path)
-    write_outcome(paths.REPORTS, "pretrain", result, final)
+    final = evaluate_split(model, val, knobs.seq_len, knobs.precision)
+    write_outcome(paths.REPORTS, "pretrain", result, asdict(final))
 
 
 if __name__ == "__main__":

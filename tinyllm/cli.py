@@ -4,9 +4,7 @@ Options here are settings of one call, never of a stage: what shapes a result li
 """
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,9 +14,9 @@ from typer.exceptions import TyperException
 
 from stages.runner import mistakes_in_one_line
 from tinyllm.errors import ParamsError, TinyllmError
+from tinyllm.terminal import answer, questions, show
 
 if TYPE_CHECKING:  # torch takes two seconds, `tinyllm --help` should not: imported when used
-    from tinyllm.inference.conversation import Conversation
     from tinyllm.inference.drafts import Draft
     from tinyllm.inference.sampling import SamplingParams
     from tinyllm.inference.session import Session
@@ -79,7 +77,7 @@ def generate(
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
     session = _open(model_dir)
     guesses = None if draft is None else _draft(draft, session, sampling)
-    _show(session.continue_text(prompt, sampling, guesses))
+    show(session.continue_text(prompt, sampling, guesses))
 
 
 @app.command()
@@ -102,7 +100,7 @@ def chat(
         typer.echo(f"{session.description}; {HELP}", err=True)
         if session.kind == "pretrain":
             typer.echo("this model has not learned to chat: it continues texts", err=True)
-    for question in _questions():
+    for question in questions():
         if question == "/reset":
             conversation.reset()
         elif question in ("/help", "/?"):
@@ -112,7 +110,7 @@ def chat(
         elif question.startswith("/"):
             typer.echo(f"no such command: {question}; {HELP}", err=True)
         elif question:
-            _answer(conversation, question, sampling)
+            answer(conversation, question, sampling)
 
 
 @app.command()
@@ -284,43 +282,6 @@ def _by_options(error: ValueError) -> ParamsError:
     lines = str(error).replace("max_new_tokens", "max_tokens").splitlines()
     named = [line.split(":", 1) for line in lines]
     return ParamsError("\n".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named))
-
-
-def _questions() -> Iterator[str]:
-    """Yield what the user types, or the lines of a pipe, until the end or Ctrl-C."""
-    if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
-        return
-    with suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` line editing and history
-    while True:
-        try:
-            yield input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # we leave already: torch takes a second
-            typer.echo()
-            return
-
-
-def _answer(conversation: "Conversation", question: str, sampling: "SamplingParams") -> None:
-    """Print an answer as it comes; on a terminal Ctrl-C and a mistake end only the answer."""
-    try:
-        _show(conversation.ask(question, sampling))
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-        typer.echo()
-    except TinyllmError as error:
-        if not sys.stdin.isatty():
-            raise
-        typer.echo(f"error: {error}", err=True)
-
-
-def _show(pieces: Iterator[str]) -> None:
-    """Print pieces of text as they come."""
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
 
 
 if __name__ == "__main__":

@@ -182,12 +182,12 @@ def test_the_identity_changes_with_a_source_file(pipeline):
 def test_the_probe_is_spread_over_a_large_split_and_all_of_a_small_one(pipeline):
     tokenizer = Tokenizer.load(paths.TOKENIZER)
     val = TokenShards.open(paths.TOKENS, "val", None)
-    small = Probe(val, tokenizer, 16)
+    small = Probe(val, tokenizer, 16, "fp32")
     assert small.n_tokens == val.n_tokens < PROBE_TOKENS
     assert small.n_bytes == val.n_bytes
     write_tokens(n_words=30000)
     large = TokenShards.open(paths.TOKENS, "val", None)
-    probe = Probe(large, tokenizer, 16)
+    probe = Probe(large, tokenizer, 16, "fp32")
     assert probe.n_tokens == PROBE_TOKENS < large.n_tokens
     assert probe.n_bytes / probe.n_tokens == pytest.approx(large.n_bytes / large.n_tokens, rel=0.02)
     last = large.stream.read(large.n_tokens - 16, large.n_tokens)

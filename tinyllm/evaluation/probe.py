@@ -25,13 +25,16 @@ class Probe(TokenShards):
     Where two windows meet, a token is predicted from a foreign context: one in `seq_len`.
     """
 
-    def __init__(self, shards: TokenShards, tokenizer: Tokenizer, seq_len: int) -> None:
+    def __init__(
+        self, shards: TokenShards, tokenizer: Tokenizer, seq_len: int, precision: Precision
+    ) -> None:
         """Choose the windows.
 
         Args:
             shards: the split.
             tokenizer: that wrote it; counts the bytes of the chosen tokens.
             seq_len: tokens per window.
+            precision: of the evaluation.
         """
         total = len(shards.stream)
         tokens = shards.stream.read(0, min(total, PROBE_TOKENS))
@@ -42,11 +45,11 @@ class Probe(TokenShards):
         self.stream = TokenStream([tokens.astype(np.uint32)], f"part of {shards.stream.name}")
         self.n_tokens, self.vocab_size = len(tokens), shards.vocab_size
         self.n_bytes = tokenizer.n_bytes(tokens.tolist())
-        self.seq_len = seq_len
+        self.seq_len, self.precision = seq_len, precision
 
-    def evaluate(self, model: Transformer, precision: Precision) -> dict[str, float]:
+    def evaluate(self, model: Transformer) -> dict[str, float]:
         """Return `val_loss` and `val_bpb` of the part."""
-        report = evaluate_split(model, self, self.seq_len, precision)
+        report = evaluate_split(model, self, self.seq_len, self.precision)
         return {"val_loss": report.val_loss, "val_bpb": report.val_bpb}
 
 
