@@ -3,7 +3,6 @@
     python benchmarks/attention.py [--threads 2] [--quick]
 
 Both take turns, sample by sample, so that a busy moment hits both; compare the ratios of medians.
-Both take turns, sample by sample, so that a busy moment hits both; compare the ratios of medians.
 The ceiling is torch's bf16 matrix product in the same run, about 98 % of what `vdpbf16ps` can do.
 Half of the table of scores counts as work. The last line is JSON.
 """
