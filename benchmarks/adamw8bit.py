@@ -16,6 +16,7 @@ import logging
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -26,7 +27,7 @@ from tinyllm.ops import cpu
 from tinyllm.training.adamw8bit import AdamW8bit
 
 N = 1 << 22
-OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
 def build(begin: torch.Tensor) -> dict[str, tuple[Parameter, Optimizer]]:
@@ -42,7 +43,7 @@ def build(begin: torch.Tensor) -> dict[str, tuple[Parameter, Optimizer]]:
     return {
         "fp64": (exact, torch.optim.AdamW([exact], **OPTIONS)),
         "torch fused fp32": (fp32, torch.optim.AdamW([fp32], fused=True, **OPTIONS)),
-        "bitsandbytes": (theirs, Theirs([theirs], **OPTIONS)),
+        "bitsandbytes": (theirs, Theirs([theirs], **OPTIONS)),  # type: ignore[no-untyped-call]
         "ours": (ours, AdamW8bit(groups, **own)),
     }
 

@@ -3,8 +3,8 @@
     python benchmarks/attention.py [--threads 2] [--quick]
 
 Both take turns, sample by sample, so that a busy moment hits both; compare the ratios of medians.
-The ceiling is torch's bf16 matrix product in the same run, which oneDNN brings to about 98 % of what
-`vdpbf16ps` can do. Half of the table of scores counts as work. The last line is JSON.
+The ceiling is torch's bf16 matrix product in the same run, about 98 % of what `vdpbf16ps` can do.
+Half of the table of scores counts as work. The last line is JSON.
 """
 
 import os
@@ -51,18 +51,21 @@ def candidates(t: int, k: int) -> tuple[dict[str, Callable[[], Tensor]], list[Te
     d_o = torch.randn(B, t, H, k).bfloat16().transpose(1, 2)
 
     def by_torch() -> Tensor:
-        y: Tensor = F.scaled_dot_product_attention(*inputs, is_causal=True)
+        q, k_, v = inputs
+        y: Tensor = F.scaled_dot_product_attention(q, k_, v, is_causal=True)
         return y
 
     def ours() -> Tensor:
-        return flash.attention(*inputs, None, 0, k**-0.5)
+        q, k_, v = inputs
+        return flash.attention(q, k_, v, None, 0, k**-0.5)
 
     return {"ours": ours, "torch": by_torch}, inputs, d_o
 
 
 def errors(runs: Mapping[str, Callable[[], Tensor]], inputs: list[Tensor], k: int) -> float:
     """Return our error against fp64 as a multiple of torch's, forward."""
-    exact = reference.attention(*(x.detach().double() for x in inputs), None, 0, k**-0.5)
+    q, k_, v = (x.detach().double() for x in inputs)
+    exact = reference.attention(q, k_, v, None, 0, k**-0.5)
     error = {name: float((run().detach().double() - exact).norm()) for name, run in runs.items()}
     return error["ours"] / error["torch"]
 
@@ -74,13 +77,11 @@ def measure(t: int, k: int, seconds: float) -> dict[str, float]:
     with torch.no_grad():
         error = errors(runs, inputs, k)
         forward = in_turns({**runs, "product": lambda: square @ square}, seconds)
-    both = in_turns(
-        {
-            name: lambda run=run: torch.autograd.grad(run(), inputs, d_o)
-            for name, run in runs.items()
-        },
-        seconds,
-    )
+
+    def and_back(run: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(run(), inputs, d_o)
+
+    both = in_turns({name: and_back(run) for name, run in runs.items()}, seconds)
     work = B * H * t * t * k / 1e6  # half of 2 t t k, in 10^6: GFLOP/s from ms
     peak = 2 * 1024**3 / 1e6 / forward["product"]
     row = {

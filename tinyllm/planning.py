@@ -4,15 +4,16 @@ from dataclasses import dataclass
 
 from tinyllm import paths
 from tinyllm.errors import ParamsError
+from tinyllm.finetune.replay import ChatTrainingParams
 from tinyllm.model.directory import TOKENIZER
 from tinyllm.model.sizes import ModelParams, resolve
 from tinyllm.params import build_params, load_params, read_yaml
 from tinyllm.tokenizer.tokenizer import Tokenizer
-from tinyllm.training.params import TrainingParams
+from tinyllm.training.params import PretrainParams
 from tinyllm.training.plan import describe, make_plan, measure_step_s
 from tinyllm.training.precision import choose_device, use_threads
 
-SECTIONS = ("pretrain", "sft")
+SECTIONS = {"pretrain": PretrainParams, "sft": ChatTrainingParams}
 MEASURE_S = 10.0
 
 
@@ -37,7 +38,7 @@ def plan_section(section: str, *, measure: bool) -> list[str]:
         raise ParamsError(
             f"{section}: no section that can be planned; one of {', '.join(SECTIONS)}"
         )
-    knobs = build_params(TrainingParams, read_yaml(paths.PARAMS)[section], str(paths.PARAMS))
+    knobs = build_params(SECTIONS[section], read_yaml(paths.PARAMS)[section], str(paths.PARAMS))
     config = resolve(load_params(_Model, paths.PARAMS).model, _vocab_size())
     use_threads()
     device = choose_device()

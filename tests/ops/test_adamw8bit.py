@@ -83,7 +83,7 @@ def test_every_number_gets_its_nearest_code(isa, signed):
     stored, kept = (moments.m, g) if signed else (moments.v, g * g)
     distance = (kept.double() - code.double()[stored.int()]).abs()
     nearest = (kept.double()[:, None] - code.double()).abs().min(dim=1).values
-    # A middle is rounded to fp32 (2^-25 below 1), by which one distance grows and the other shrinks.
+    # A middle is rounded to fp32 (2^-25 below 1): one distance grows, the other shrinks.
     assert (distance <= nearest + 2**-24).all()
 
 

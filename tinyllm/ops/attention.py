@@ -47,9 +47,12 @@ def attention(
     return y
 
 
-@torch.compiler.assume_constant_result  # the compiler asks once and does not look inside
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _backend(device: str, dtype: torch.dtype, width: int, value_width: int) -> str:
-    """Return the name of the backend; where the CPU's own cannot serve, one line says why."""
+    """Return the name of the backend; the compiler asks once and does not look inside.
+
+    Where the CPU's own cannot serve, one line says why.
+    """
     sizes = AttentionSizes(
         device=torch.device(device), dtype=dtype, width=width, value_width=value_width
     )

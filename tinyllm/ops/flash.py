@@ -169,7 +169,7 @@ def _keep(
 ) -> None:
     """Keep what the backward pass needs; the scores are computed again there."""
     q, k, v, document_ids, window, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, document_ids)
+    ctx.save_for_backward(q, k, v, *output, document_ids)  # type: ignore[arg-type]
     ctx.options = (window, scale)  # type: ignore[attr-defined]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(True)

@@ -1,7 +1,7 @@
 """Every operation in plain torch: the definition that all other backends equal to the last bit.
 
-Not fast. Dimensions: M rows, N outputs, K inputs; for attention B batch, T positions, H query heads,
-G key-value heads, K width of queries and keys, E width of values.
+Not fast. Dimensions: M rows, N outputs, K inputs; for attention B batch, T positions, H query
+heads, G key-value heads, K width of queries and keys, E width of values.
 """
 
 import math

@@ -16,11 +16,11 @@ from tinyllm.ops.adamw8bit import BLOCK, Moments, Rates
 from tinyllm.ops.registry import select
 
 SMALLEST_8BIT = 4096
-"""Parameters with fewer numbers keep fp32 states, as in bitsandbytes: norms are few and delicate."""
+"""Smaller parameters keep fp32 states, as in bitsandbytes: norms are few and delicate."""
 
 
 class AdamW8bit(Optimizer):
-    """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, with the states of arXiv:2110.02861."""
+    """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; states of arXiv:2110.02861."""
 
     def __init__(
         self,
