@@ -27,6 +27,7 @@ def look(model=None, batch=None, *, fresh=True):
         CPU,
         stage="pretrain",
         fresh=fresh,
+        whole=True,
     )
 
 

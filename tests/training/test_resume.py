@@ -17,6 +17,7 @@ def attempts(folder, *plans):
     """Carry out the plans one after the other on one stored state."""
     hidden = ("TINYLLM_INFLIGHT", "TINYLLM_FRESH", "TINYLLM_THREADS", "TINYLLM_DEVICE", "DVC_STAGE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment["PYTHONPATH"] = str(TRAINER.parents[2])  # this tree, not an installed one
     done = subprocess.run(
         [sys.executable, str(TRAINER), str(folder)],
         input=json.dumps(plans),
@@ -106,7 +107,7 @@ def test_other_knobs_begin_anew_and_are_named_but_log_knobs_and_threads_resume(t
         "tiny: FRESH; another run is stored at step 15: tiny.lr 0.003 -> 0.01, tiny.steps 24 -> 20"
     )
     assert same["said"][0] == "tiny: RESUME at step 15"
-    assert "began on cpu with 2 threads; the last bits may differ" in same["said"][2]
+    assert "began on cpu, 1 process, 2 threads; the last bits may differ" in same["said"][2]
 
 
 @pytest.mark.slow

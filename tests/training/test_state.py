@@ -10,6 +10,7 @@ from tiny_trainer import CONFIG, KNOBS, Listener, figures, fingerprint, run_tiny
 from tinyllm import paths
 from tinyllm.errors import ParamsError, TrainingError
 from tinyllm.training import state as state_module
+from tinyllm.training.parallel import Team
 from tinyllm.training.state import KEEP_IDENTITIES, describe, open_store
 
 IDENTITY = {"params": {"seed": 1}}
@@ -27,7 +28,7 @@ def a_state(step):
 
 
 def store_steps(root, *steps):
-    with open_store(root, "stage", IDENTITY, Listener()) as store:
+    with open_store(root, "stage", IDENTITY, Listener(), Team()) as store:
         for step in steps:
             store.save(a_state(step))
         return store.directory
@@ -35,7 +36,7 @@ def store_steps(root, *steps):
 
 def load(root):
     listener = Listener()
-    with open_store(root, "stage", IDENTITY, listener) as store:
+    with open_store(root, "stage", IDENTITY, listener, Team()) as store:
         return store.load(), listener.said
 
 
@@ -75,7 +76,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, damage):
 
 def test_a_checkpoint_of_another_identity_is_not_taken(tmp_path):
     folder = store_steps(tmp_path, 5)
-    with open_store(tmp_path, "stage", {"params": {"seed": 2}}, Listener()) as other:
+    with open_store(tmp_path, "stage", {"params": {"seed": 2}}, Listener(), Team()) as other:
         (folder / "step-000005").rename(other.directory / "step-000005")
         assert other.load() is None
         assert other.last_step is None
@@ -83,9 +84,9 @@ def test_a_checkpoint_of_another_identity_is_not_taken(tmp_path):
 
 def test_a_second_trainer_is_refused_in_one_line(tmp_path):
     with (
-        open_store(tmp_path, "stage", IDENTITY, Listener()),
+        open_store(tmp_path, "stage", IDENTITY, Listener(), Team()),
         pytest.raises(TrainingError, match="another process trains this very run") as refused,
-        open_store(tmp_path, "stage", IDENTITY, Listener()),
+        open_store(tmp_path, "stage", IDENTITY, Listener(), Team()),
     ):
         pass
     assert "\n" not in str(refused.value)
@@ -107,7 +108,7 @@ def test_a_failed_write_is_a_warning_and_the_older_checkpoint_stays(tmp_path, mo
 
     monkeypatch.setattr(torch, "save", fail)
     listener = Listener()
-    with open_store(tmp_path, "stage", IDENTITY, listener) as store:
+    with open_store(tmp_path, "stage", IDENTITY, listener, Team()) as store:
         store.load()
         store.save(a_state(10))
         assert store.last_step == 5
@@ -145,13 +146,13 @@ def test_differences_are_named_by_dotted_path():
 def test_only_the_newest_runs_stay_and_never_one_in_use(tmp_path):
     made = []
     for seed in range(KEEP_IDENTITIES + 3):
-        with open_store(tmp_path, "stage", {"seed": seed}, Listener()) as store:
+        with open_store(tmp_path, "stage", {"seed": seed}, Listener(), Team()) as store:
             made.append(store.directory)
         os.utime(made[-1], (seed, seed))
         os.utime(made[-1] / "identity.json", (seed, seed))
     with (
-        open_store(tmp_path, "stage", {"seed": 0}, Listener()) as used,
-        open_store(tmp_path, "stage", {"seed": 5}, Listener()) as store,
+        open_store(tmp_path, "stage", {"seed": 0}, Listener(), Team()) as used,
+        open_store(tmp_path, "stage", {"seed": 5}, Listener(), Team()) as store,
     ):
         os.utime(used.directory, (0, 0))
         os.utime(used.directory / "identity.json", (0, 0))

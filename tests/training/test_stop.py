@@ -34,7 +34,7 @@ def test_the_second_signal_leaves_at_once():
 def test_the_death_of_the_starter_is_noticed_even_before_it_is_reaped(monkeypatch):
     monkeypatch.setattr(stop, "CHECK_INTERVAL_S", 0.0)
     starter = subprocess.Popen(["sleep", "60"])
-    watching = Watch(psutil.Process(starter.pid))
+    watching = Watch({"dvc": psutil.Process(starter.pid)})
     assert not watching.should_stop()
     starter.kill()
     deadline = time.monotonic() + 10
@@ -75,4 +75,4 @@ def test_dvc_is_found_behind_a_shell_and_missed_when_killed(tmp_path, shell):
 def test_without_dvc_nobody_is_watched(monkeypatch):
     monkeypatch.delenv("DVC_STAGE", raising=False)
     with watch() as watching:
-        assert watching._starter is None
+        assert not watching._starters

@@ -3,11 +3,13 @@
 Polyak & Juditsky 1992; with exponential weights as Morales-Brotons et al. 2024, arXiv:2411.18704.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from tinyllm.training.divided import local
 
 
 class WeightAverage:
@@ -16,24 +18,27 @@ class WeightAverage:
     The smaller d of the first steps lets the mean forget the random start.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters: list[Tensor] = list(parameters)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, Tensor] = dict(trained)
         self.decay = decay
-        self.means = [parameter.detach().clone() for parameter in self.parameters]
+        self.means = {name: weight.detach().clone() for name, weight in trained.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after update number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.means, self.parameters, 1 - decay)
+        means = [local(mean) for mean in self.means.values()]
+        weights = [local(weight) for weight in self.parameters.values()]
+        torch._foreach_lerp_(means, weights, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange means and weights."""
-        for parameter, mean in zip(self.parameters, self.means, strict=True):
+        for name, parameter in self.parameters.items():
             weight = parameter.detach().clone()
-            parameter.copy_(mean)
-            mean.copy_(weight)
+            parameter.copy_(self.means[name])
+            self.means[name].copy_(weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -45,7 +50,7 @@ class WeightAverage:
             self.swap()
 
     @torch.no_grad()
-    def load(self, means: Sequence[Tensor]) -> None:
+    def load(self, means: Mapping[str, Tensor]) -> None:
         """Take over the means of another process."""
-        for mean, stored in zip(self.means, means, strict=True):
-            mean.copy_(stored)
+        for name, mean in self.means.items():
+            mean.copy_(means[name])

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tinyllm.training.divided import total_norm
+
 NOISE = ("noise", "signal")
 """Names of the first two figures: S and |G|^2 of one step; both are means over many to be used."""
 
@@ -30,7 +32,7 @@ def part_norms(model: nn.Module) -> Tensor:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             parts[_part(name)].append(parameter.grad)
-    return torch.stack([torch.nn.utils.get_total_norm(gradients) for gradients in parts.values()])
+    return torch.stack([total_norm(gradients) for gradients in parts.values()])
 
 
 def noise_and_signal(small: Tensor, n_small: int, big: Tensor, n_big: int) -> Tensor:

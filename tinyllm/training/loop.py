@@ -1,12 +1,14 @@
 """The training loop of pretraining, SFT and LoRA.
 
 What happens now and then (log, evaluate, sample, save) stands around one plain step. A run that was
-killed goes on where its last checkpoint was, and ends with the same bits.
+killed goes on where its last checkpoint was, and ends with the same bits. Several ranks
+(`parallel.py`) make the same steps together; rank 0 alone evaluates, tells and returns.
 """
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from tinyllm.training.compiling import should_compile
 from tinyllm.training.determinism import deterministic
 from tinyllm.training.diagnosis import part_names
 from tinyllm.training.history import History
+from tinyllm.training.parallel import Team, open_team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.precision import DTYPES, choose_device, use_threads
 from tinyllm.training.preflight import preflight
@@ -80,7 +83,8 @@ def train(
     Raises:
         ParamsError: sequences are longer than the model serves.
         TrainingError: the loss is not finite, or another process trains this run.
-        Interrupted: stopped by a signal or because DVC died; the state is saved.
+        Interrupted: stopped by a signal or because DVC died; the state is saved. Also on every rank
+            but the first, when all is done: the others leave, rank 0 writes the results.
     """
     if params.seq_len > model.config.max_seq_len:
         raise ParamsError(
@@ -89,18 +93,28 @@ def train(
         )
     device, threads = choose_device(), use_threads()
     seed_everything(seed)
-    model.to(device).train()
-    with open_store(paths.inflight_root(), stage, identity, progress) as store, watch() as watching:
+    with ExitStack() as stack:
+        team = stack.enter_context(open_team(device))
+        team.check(params, stage)
+        root = paths.inflight_root()
+        store = stack.enter_context(open_store(root, stage, identity, progress, team))
+        watching = stack.enter_context(watch(team.largest))
         stored = _find_state(store, stage, progress)
-        run = _Run(model, params, batches, evaluate, sample, stage, device, store, progress)
-        if stored is None and params.preflight:
-            preflight(model, params, batches.batch(0), device, stage=stage, fresh=fresh)
+        run = _Run(model, params, batches, evaluate, sample, stage, device, store, progress, team)
+        if stored is None and params.preflight and team.is_main:
+            part = replace(params, batch_size=-(-params.batch_size // team.n_data))
+            first = batches.batch(0)
+            whole = not team.splits_weights
+            preflight(model.to(device), part, first, device, stage=stage, fresh=fresh, whole=whole)
         run.begin(stored, threads)
         with deterministic(wanted=run.stepper.compiled and device.type == "cpu"):
             run.finish(watching)
-        store.prune_others()
-        result = run.result()
         run.stepper.use_average()
+        run.collect()
+        store.prune_others()
+        if not team.is_main:
+            raise Interrupted("", code=0)
+        result = run.result()
     model.to("cpu").eval()
     return result
 
@@ -135,9 +149,10 @@ class _Run:
         device: torch.device,
         store: Store,
         progress: Progress,
+        team: Team,
     ) -> None:
         self.model, self.params, self.batches = model, params, batches
-        self.evaluate, self.sample = evaluate, sample
+        self.evaluate, self.sample, self.team = evaluate, sample, team
         self.stage, self.device, self.store, self.progress = stage, device, store, progress
         self.flops_per_token = speed.flops_per_token(model, params.seq_len)
         self.history = History(params, device, part_names(model))
@@ -148,21 +163,29 @@ class _Run:
         """Build what makes steps and bring it to where the stored state ends."""
         wanted = should_compile(self.params, self.flops_per_token, self.device)
         compiled = wanted if stored is None else stored["compiled"]
+        compiled = compiled and not self.team.splits_weights
         self.model.checkpoint = self.params.checkpoint
         self.threads = threads
         self.stepper = Stepper(
-            self.model, self.params, self.device, compiled=compiled, progress=self.progress
+            self.team.split(self.model).to(self.device).train(),
+            self.params,
+            self.device,
+            compiled=compiled,
+            progress=self.progress,
+            team=self.team,
         )
         how = "compiled (the first step takes half a minute)" if compiled else "eager"
         self.progress.say(
-            f"{self.stage}: {self.params.precision} on {self.device}, {threads} threads, {how}"
+            f"{self.stage}: {self.params.precision} on {self.device}, {self.team.describe()},"
+            f" {threads} threads, {how}"
         )
         if stored is None:
             self._evaluate_and_sample(first=True)
             return
-        if (stored["threads"], stored["device"]) != (threads, self.device.type):
+        began = (stored["device"], stored["team"], stored["threads"])
+        if began != (self.device.type, self.team.describe(), threads):
             self.progress.say(
-                f"{self.stage}: began on {stored['device']} with {stored['threads']} threads;"
+                f"{self.stage}: began on {began[0]}, {began[1]}, {began[2]} threads;"
                 " the last bits may differ from an undisturbed run"
             )
         self.stepper.load_state(stored)
@@ -181,10 +204,14 @@ class _Run:
             if last or _is_due(self.step, self.params.save_every):
                 self._save()
 
+    def collect(self) -> None:
+        """Bring the trained weights into the model that was given, on rank 0."""
+        self.team.gather(self.stepper.model, self.model)
+
     def result(self) -> TrainResult:
         """Return the curve, the samples and the metrics of the finished run."""
         tokens_per_s = self.params.tokens_per_step / self.history.median_step_s()
-        peak = speed.peak_flops_per_s(DTYPES[self.params.precision], self.device)
+        peak = speed.peak_flops_per_s(DTYPES[self.params.precision], self.device) * self.team.size
         return TrainResult(
             curve=self.history.curve(),
             gradients=self.history.gradients(),
@@ -246,13 +273,18 @@ class _Run:
         sample = self.sample is not None and (edge or _is_due(self.step, self.params.sample_every))
         if not evaluate and not sample:
             return
-        self.model.eval()
         with torch.no_grad(), self.stepper.averaged():
-            if evaluate:
-                self.history.add_evaluation(self.step, self.evaluate(self.model))
-            if sample and self.sample is not None:
-                self.history.add_sample(self.step, self.sample(self.model))
-        self.model.train()
+            self.collect()
+            if self.team.is_main:
+                self.model.to(self.device).eval()
+                if evaluate:
+                    self.history.add_evaluation(self.step, self.evaluate(self.model))
+                if sample and self.sample is not None:
+                    self.history.add_sample(self.step, self.sample(self.model))
+                self.model.train()
+                if self.team.splits_weights:
+                    self.model.to("cpu")  # room for the steps
+        self.team.share_rng()
         self.history.restart_clock()
 
     def _save(self) -> None:
@@ -268,6 +300,7 @@ class _Run:
                 "compiled": self.stepper.compiled,
                 "threads": self.threads,
                 "device": self.device.type,
+                "team": self.team.describe(),
                 "peak_memory_bytes": self.peak_memory_bytes,
             }
         )

@@ -159,11 +159,10 @@ def _rehearse(
     )
     model.train().checkpoint = params.checkpoint
     stepper = Stepper(model, plain, torch.device("cpu"), compiled=False, progress=Silent())
-    stepper.run(
-        0, [blank_batch(1, 2, packed=packed)]
-    )  # the first step makes the optimizers' states
+    # the first step makes the optimizers' states
+    stepper.run(0, [blank_batch(1, 2, packed=packed)])
     held = [*model.parameters(), *model.buffers()]
-    held += [] if stepper.average is None else stepper.average.means
+    held += [] if stepper.average is None else list(stepper.average.means.values())
     weights = _bytes(held)
     states = [o.state.values() for o in stepper.optimizers]
     optimizer = _bytes([t for each in states for state in each for t in state.values()])

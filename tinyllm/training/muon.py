@@ -3,6 +3,7 @@
 Every singular value of the update becomes about 1, so rare directions learn as fast as common ones.
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. For hidden matrices only: embedding,
 head and norms belong to AdamW. Matrices of equal shape are orthogonalised together, as one batch.
+Of a matrix divided among ranks everyone gathers the whole and keeps its part of the update.
 
 The price is products of the matrices with themselves, whatever the batch: about
 iterations * width / tokens per step of the model's own work, much for a small batch on a CPU. So we
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from tinyllm.training.divided import local, part_of, whole_of
 
 MOMENTUM = 0.95
 POLYNOMIALS = (
@@ -55,15 +58,18 @@ class Muon(Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Update matrices of one shape together."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        momenta = [self._momentum(parameter) for parameter in parameters]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        momenta = [local(self._momentum(p)) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's look ahead
-        updates = orthogonalise(torch.stack(list(ahead)))
+        whole = [whole_of(part, p) for part, p in zip(ahead, parameters, strict=True)]
+        updates = orthogonalise(torch.stack(whole)).to(parameters[0].dtype)
         rows, columns = parameters[0].shape
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype)), alpha=-rate)
+        weights = [local(p) for p in parameters]
+        mine = [part_of(update, p) for update, p in zip(updates, parameters, strict=True)]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, mine, alpha=-rate)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         """Return the running mean of a parameter's gradients."""

@@ -8,13 +8,15 @@
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tinyllm.errors import TrainingError
+from tinyllm.training.divided import of_one_kind
 from tinyllm.training.muon import Muon
 from tinyllm.training.params import TrainingParams
 
@@ -39,11 +41,13 @@ def build_optimizers(model: nn.Module, params: TrainingParams) -> list[Optimizer
         if hidden:
             optimizers.append(Muon(hidden, params.muon_lr, params.weight_decay))
         hidden = []
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": hidden + tables, "weight_decay": params.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [
+        {**group, "params": kind} for group in groups for kind in of_one_kind(group["params"])
+    ]
     if groups:
         optimizers.append(_build_adamw(groups, params))
     for optimizer in optimizers:
@@ -57,6 +61,31 @@ def set_lr(optimizers: Sequence[Optimizer], share: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
+
+
+def optimizer_state(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Any]:
+    """Return what the optimizers remember, by parameter.
+
+    Torch's own form numbers the parameters group by group; how many groups there are depends on
+    where the parameters are.
+    """
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
+    return {
+        names[parameter]: dict(remembered)
+        for optimizer in optimizers
+        for parameter, remembered in optimizer.state.items()
+    }
+
+
+def load_optimizer_state(
+    optimizers: Sequence[Optimizer], model: nn.Module, stored: Mapping[str, Any]
+) -> None:
+    """Take over what `optimizer_state` returned in another process."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        numbered = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        state = {i: dict(stored[name]) for i, name in enumerate(numbered) if name in stored}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _sort_parameters(
@@ -78,7 +107,7 @@ def _sort_parameters(
     return hidden, tables, vectors
 
 
-def _build_adamw(groups: list[dict[str, object]], params: TrainingParams) -> Optimizer:
+def _build_adamw(groups: list[dict[str, Any]], params: TrainingParams) -> Optimizer:
     """Return AdamW with fp32 states (one fused kernel) or with 8-bit states."""
     betas = (params.beta1, params.beta2)
     if params.optimizer != "adamw8bit":

@@ -20,6 +20,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device() -> torch.device:
     """Return the device that `TINYLLM_DEVICE` names; auto and unset mean CUDA if there is one.
 
+    Each rank that torchrun started takes the CUDA device of its own number.
+
     Raises:
         TrainingError: the name is no device, or there is no such device here.
     """
@@ -32,15 +34,20 @@ def choose_device() -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise TrainingError(f"TINYLLM_DEVICE: {name!r} is not one of auto, cpu, cuda, cuda:<n>")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise TrainingError(
-            f"TINYLLM_DEVICE: {name}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
+            f"TINYLLM_DEVICE: {device}: torch sees {torch.cuda.device_count()} CUDA devices;"
+            " use cpu"
         )
     return device
 
 
 def use_threads() -> int:
     """Set the CPU threads that `TINYLLM_THREADS` asks for; return the number in use.
+
+    Unset, the ranks that torchrun started share those that torch takes.
 
     Raises:
         TrainingError: it is not a positive number.
@@ -50,6 +57,9 @@ def use_threads() -> int:
         if not given.isdecimal() or int(given) < 1:
             raise TrainingError(f"TINYLLM_THREADS: {given!r} is not a number of threads")
         torch.set_num_threads(int(given))
+    elif "LOCAL_WORLD_SIZE" in os.environ:
+        n_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, torch.get_num_threads() // n_ranks))
     return torch.get_num_threads()
 
 

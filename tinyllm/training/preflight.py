@@ -38,6 +38,7 @@ def preflight(
     *,
     stage: str,
     fresh: bool,
+    whole: bool,
 ) -> None:
     """Look at the first micro-batch and what the model makes of it.
 
@@ -48,12 +49,14 @@ def preflight(
         device: where the run computes.
         stage: begins the messages.
         fresh: the weights are untrained: every token must be about equally likely.
+        whole: this process will hold the whole model, so that its memory can be foretold.
 
     Raises:
         TrainingError: the run would be in vain or would not fit.
     """
     check_shift(batch, stage)
-    require_memory(model, params, device, stage, packed=batch.document_ids is not None)
+    if whole:
+        require_memory(model, params, device, stage, packed=batch.document_ids is not None)
     row = _one_row(batch, device)
     if row is None:
         raise TrainingError(f"{stage}: the first batch has no target; look at the masks")

@@ -1,5 +1,6 @@
 """The global random generators: seeded at the start, stored with a checkpoint, restored from it."""
 
+import os
 import random
 from typing import Any
 
@@ -27,11 +28,13 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Bring the generators to where `rng_state` found them."""
+    """Bring the generators to where `rng_state` found them; every rank's to where rank 0's were."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
+    if "RANK" in os.environ and state["cuda"]:  # saved by rank 0, which has device 0
+        torch.cuda.set_rng_state(state["cuda"][0])
+    elif len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

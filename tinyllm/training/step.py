@@ -18,10 +18,18 @@ from tinyllm.shards.batches import Batch
 from tinyllm.training.average import WeightAverage
 from tinyllm.training.compiling import compile_loss, is_compile_failure
 from tinyllm.training.diagnosis import noise_and_signal, part_norms
-from tinyllm.training.optim import build_optimizers, set_lr
+from tinyllm.training.divided import clip, settle, total_norm
+from tinyllm.training.optim import (
+    build_optimizers,
+    load_optimizer_state,
+    optimizer_state,
+    set_lr,
+)
+from tinyllm.training.parallel import ALONE, Team
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.precision import autocast, build_scaler, plain_attention
 from tinyllm.training.schedule import lr_share
+from tinyllm.training.sharded_state import cut_state
 
 IGNORED_TARGET = -100
 PLAIN_ATTENTION_TOKENS = 512
@@ -39,21 +47,25 @@ class Stepper:
         *,
         compiled: bool,
         progress: Progress,
+        team: Team = ALONE,
     ) -> None:
         self.model = model
         self.params = params
         self.device = device
+        self.team = team
         self.compiled = compiled
+        self._progress = progress
+        self._plain_pays = device.type == "cpu" and params.seq_len <= PLAIN_ATTENTION_TOKENS
+        self._compute = compile_loss(self._eager_loss) if compiled else self._eager_loss
+        # first of all: it may put other parameters in the place of the model's
+        self._loss = team.wrap_loss(model, lambda *batch: self._compute(*batch))
         self.optimizers = build_optimizers(model, params)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scaler = build_scaler(params.precision, device)
         decay = params.ema_decay
-        self.average = WeightAverage(self.trained, decay) if decay else None
+        self.average = WeightAverage(model, decay) if decay else None
         self.diagnosis: Tensor | None = None
         """Of the last step, if wanted: noise, signal and norms, as `tinyllm.training.diagnosis`."""
-        self._progress = progress
-        self._plain_pays = device.type == "cpu" and params.seq_len <= PLAIN_ATTENTION_TOKENS
-        self._loss = compile_loss(self._eager_loss) if compiled else self._eager_loss
 
     def run(
         self, step: int, batches: Sequence[Batch], largest_norm: Tensor | None = None
@@ -107,16 +119,16 @@ class Stepper:
         """Return all that shapes the next step, as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": optimizer_state(self.optimizers, self.model),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.means,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned in another process."""
+        state = cut_state(state, self.model)
         self.model.load_state_dict(state["model"])
-        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
+        load_optimizer_state(self.optimizers, self.model, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load(state["average"])
@@ -124,22 +136,26 @@ class Stepper:
     def _backward(self, batches: Sequence[Batch]) -> Tensor:
         """Add up the gradients; the loss is divided by the targets of all micro-batches.
 
-        Dividing each by its own count would weigh a token by how few its neighbours are.
+        Dividing each by its own count would weigh a token by how few its neighbours are. Each rank
+        of a team has its rows only and divides by all targets too; gradients are then averaged over
+        the ranks, hence the factor.
         """
         counts = [int((batch.targets != IGNORED_TARGET).sum()) for batch in batches]
         n_targets = max(1, sum(counts))
         total = torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(map(self.team.rows, batches)):
             documents = None if batch.document_ids is None else self._move(batch.document_ids)
-            with plain_attention(wanted=self.compiled and self._plain_pays):
-                loss = self._loss(self._move(batch.ids), self._move(batch.targets), documents)
-            loss = loss / n_targets
-            torch.autograd.backward(self.scaler.scale(loss))
+            watched = i == 0 and self.params.diagnostics
+            with self.team.adding_up(self._loss, wanted=watched or i == len(batches) - 1):
+                with plain_attention(wanted=self.compiled and self._plain_pays):
+                    loss = self._loss(self._move(batch.ids), self._move(batch.targets), documents)
+                loss = loss / n_targets
+                torch.autograd.backward(self.scaler.scale(loss * self.team.n_data))
             total += loss.detach()
-            if i == 0 and self.params.diagnostics:
+            if watched:
                 self._first = (self._norm() / self.scaler.scale(total.new_ones(())), counts[0])
         self._n_targets = n_targets
-        return total
+        return self.team.sum_over_rows(total)
 
     def _eager_loss(self, ids: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
         """Return the summed loss of one micro-batch, without the logits of all its positions."""
@@ -152,16 +168,17 @@ class Stepper:
 
     def _norm(self) -> Tensor:
         """Return the L2 norm of the whole gradient."""
-        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        settle(self.trained)
+        return total_norm(self._gradients())
 
     def _clip(self, norm: Tensor) -> None:
-        """Shorten a gradient of this norm to `clip_norm`.
-
-        Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
-        """
+        """Shorten a gradient of this norm to `clip_norm`."""
         if self.params.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.trained, self.params.clip_norm, norm)
+            clip(self._gradients(), self.params.clip_norm, norm)
+
+    def _gradients(self) -> list[Tensor]:
+        """Return the gradients that there are."""
+        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
 
     def _diagnose(self, norm: Tensor) -> None:
         """Note what `tinyllm.training.diagnosis` tells about the gradient, before it is clipped."""
@@ -181,6 +198,6 @@ class Stepper:
         """Go on without the compiler; nothing has been updated yet."""
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         self._progress.say(f"torch.compile does not work here, going on without it: {reason[:200]}")
-        self.compiled, self._loss = False, self._eager_loss
+        self.compiled, self._compute = False, self._eager_loss
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
