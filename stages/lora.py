@@ -55,4 +55,4 @@ def lora() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(lora)
+    run_stage(lora, on_ranks=True)

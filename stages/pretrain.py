@@ -57,4 +57,4 @@ def pretrain() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(pretrain)
+    run_stage(pretrain, on_ranks=True)

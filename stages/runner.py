@@ -15,7 +15,9 @@ import typer
 
 import tinyllm
 from stages.console import ConsoleProgress
+from stages.ranks import hand_over, is_main, ranks_wanted, start_ranks
 from tinyllm.errors import Interrupted, TinyllmError
+from tinyllm.progress import Progress, Silent
 
 USER_MISTAKE = 2
 _RESOURCE_ERRORS = {
@@ -26,10 +28,21 @@ _RESOURCE_ERRORS = {
 }
 
 
-def run_stage(function: Callable[[], None]) -> None:
-    """Run a stage as a command without options; its docstring is the help text."""
+def run_stage(function: Callable[[], None], *, on_ranks: bool = False) -> None:
+    """Run a stage as a command without options; its docstring is the help text.
+
+    Args:
+        function: the work; its name is the stage's.
+        on_ranks: the stage trains, so `TINYLLM_NPROC` processes may share the work.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=function.__doc__)(function)
+
+    def command() -> None:
+        if on_ranks and (n_ranks := ranks_wanted()):
+            start_ranks(f"stages.{function.__name__}", n_ranks)
+        function()
+
+    app.command(function.__name__, help=function.__doc__)(command)
     with mistakes_in_one_line():
         _refuse_foreign_code()
         app()
@@ -40,8 +53,8 @@ def mistakes_in_one_line() -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and exit code 2; bugs keep a traceback."""
     try:
         yield
-    except Interrupted as error:
-        _leave(str(error), error.code)
+    except Interrupted as error:  # every rank raises it, for the same reason
+        _leave(str(error) if is_main() else "", error.code)
     except TinyllmError as error:
         _leave(str(error))
     except KeyboardInterrupt:
@@ -53,13 +66,18 @@ def mistakes_in_one_line() -> Iterator[None]:
         _leave(where + _RESOURCE_ERRORS[error.errno])
 
 
-def console_progress() -> ConsoleProgress:
-    """Return the progress of this process: a bar on a terminal, plain lines elsewhere."""
-    return ConsoleProgress()
+def console_progress() -> Progress:
+    """Return the progress of this process: a bar on a terminal, plain lines elsewhere.
+
+    Of several ranks only the first is heard.
+    """
+    return ConsoleProgress() if is_main() else Silent()
 
 
 def _leave(message: str, code: int = USER_MISTAKE) -> None:
-    """Print each line of the message as an error and exit."""
+    """Print each line of the message as an error and exit; a rank's launcher does that for it."""
+    if code == USER_MISTAKE and hand_over(message):
+        raise SystemExit(code)
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)  # noqa: T201 - the one place that prints mistakes
     raise SystemExit(code)

@@ -50,4 +50,4 @@ def sft() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(sft)
+    run_stage(sft, on_ranks=True)

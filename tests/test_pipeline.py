@@ -31,7 +31,7 @@ ORDER = [
 INFRASTRUCTURE = {
     f"tinyllm/{name}.py"
     for name in ("__init__", "errors", "paths", "progress", "params", "artifact", "report")
-} | {f"stages/{name}.py" for name in ("__init__", "runner", "console", "identity")}
+} | {f"stages/{name}.py" for name in ("__init__", "runner", "console", "identity", "ranks")}
 
 
 def module_file(module: str) -> Path | None:
