@@ -9,11 +9,11 @@ from tinyllm.model.directory import TOKENIZER
 from tinyllm.model.sizes import ModelParams, resolve
 from tinyllm.params import build_params, load_params, read_yaml
 from tinyllm.tokenizer.tokenizer import Tokenizer
-from tinyllm.training.params import PretrainParams
+from tinyllm.training.params import PretrainParams, TrainingParams
 from tinyllm.training.plan import describe, make_plan, measure_step_s
 from tinyllm.training.precision import choose_device, use_threads
 
-SECTIONS = {"pretrain": PretrainParams, "sft": ChatTrainingParams}
+SECTIONS: dict[str, type[TrainingParams]] = {"pretrain": PretrainParams, "sft": ChatTrainingParams}
 MEASURE_S = 10.0
 
 
