@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_pretrain import make_tokenizer, make_tokens, write_params
+from test_pretrain import make_tokenizer, write_params
+from tiny_dirs import write_tokens
 
 from stages.ranks import _blame, ranks_wanted
 from tinyllm.errors import Interrupted, TinyllmError
@@ -55,7 +56,8 @@ def test_ranks_are_started_once_and_only_when_asked_for(monkeypatch):
 def stage(tmp_path, monkeypatch):
     """Return a function that starts the stage in a folder with all it needs."""
     monkeypatch.chdir(tmp_path)
-    make_tokens(make_tokenizer())
+    make_tokenizer()
+    write_tokens()
     shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
     for package in ("stages", "tinyllm"):
         Path(package).symlink_to(ROOT / package)
