@@ -35,7 +35,7 @@ from tinyllm.params import build_params, read_yaml
 from tinyllm.progress import Silent
 from tinyllm.training import step as step_module
 from tinyllm.training.memory import blank_batch, estimate_memory
-from tinyllm.training.params import TrainingParams
+from tinyllm.training.params import PretrainParams
 from tinyllm.training.step import Stepper
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def measure(given: dict[str, Any]) -> dict[str, float]:
     steps, chunked = given.pop("steps", 3), given.pop("chunked", True)
     vocab_size, model = given.pop("vocab_size"), given.pop("model", {})
     settings = {**document["pretrain"], "compile": "off", **given}
-    params = build_params(TrainingParams, settings, "benchmark")
+    params = build_params(PretrainParams, settings, "benchmark")
     sizes = build_params(ModelParams, {**document["model"], **model}, "benchmark")
     config = resolve(sizes, vocab_size)
     if not chunked:
@@ -79,7 +79,7 @@ def measure(given: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _steps(config: ModelConfig, params: TrainingParams, n: int) -> list[float]:
+def _steps(config: ModelConfig, params: PretrainParams, n: int) -> list[float]:
     """Return the seconds of the first steps of a new model."""
     model = build_model(config, 0)
     model.checkpoint = params.checkpoint

@@ -42,7 +42,7 @@ from tinyllm.shards.stream import TokenStream
 from tinyllm.tokenizer.tokenizer import Tokenizer
 from tinyllm.tokenizer.train import TokenizerParams, train_bpe
 from tinyllm.training.loop import train
-from tinyllm.training.params import TrainingParams
+from tinyllm.training.params import PretrainParams
 
 TRAIN_SHARE = 0.9
 EVALUATIONS = 6
@@ -122,7 +122,7 @@ def run_ours(text: str, recipe: Recipe, n_steps: int | None) -> tuple[Clock, int
     steps = n_steps or recipe.pretrain["steps"]
     knobs = {**shipped["pretrain"], **recipe.pretrain, "steps": steps, "sample_every": 0}
     knobs |= {"eval_every": max(steps // EVALUATIONS, 1), "save_every": 0, "log_every": 50}
-    params = build_params(TrainingParams, knobs, "pretrain")
+    params = build_params(PretrainParams, knobs, "pretrain")
     model = build_model(resolve(sizes, tokenizer.vocab_size), shipped["seed"])
     clock = Clock()
 

@@ -13,8 +13,6 @@ namespace tinyllm {
 constexpr int64_t kMaxWidth = 128;   // K and E are multiples of 16 up to this
 constexpr int64_t kRows = 6;         // query rows of one register tile; even: bf16 goes in pairs
 constexpr int64_t kBlockKeys = 64;   // keys of one block
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 // A tensor (B, heads, T, width): strides in elements, the width without gaps.
 struct Heads {

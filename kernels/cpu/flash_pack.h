@@ -6,9 +6,6 @@
 namespace tinyllm {
 namespace {
 
-[[gnu::always_inline]] inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 [[gnu::always_inline]] inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 [[gnu::always_inline]] inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -24,22 +21,6 @@ struct Arena {
     return part;
   }
 };
-
-[[gnu::always_inline]] inline float widen(float x) { return x; }
-[[gnu::always_inline]] inline float widen(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  __builtin_memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-[[gnu::always_inline]] inline void narrow(float x, float* y) { *y = x; }
-[[gnu::always_inline]] inline void narrow(float x, uint16_t* y) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // halves to even
-  *y = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
 
 template <class In>
 In* head_of(const Heads& tensor, int64_t batch, int64_t head) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.ops.flash import AttentionSizes
-from tinyllm.ops.registry import OPERATIONS, forced_backend, select
+from tinyllm.ops.registry import OPERATIONS, forced_backend, function_of, select
 
 
 def attention(
@@ -41,8 +41,8 @@ def attention(
         shapes = ", ".join(str(tuple(x.shape)) for x in (q_BHTK, k_BGTK, v_BGTE))
         raise ValueError(f"queries, keys and values do not fit together: {shapes}")
     backend = _backend(q_BHTK.device.type, q_BHTK.dtype, width, v_BGTE.shape[-1])
-    run = next(i.function for i in OPERATIONS["attention"] if i.backend == backend)
     scale = width**-0.5 if scale is None else scale
+    run = function_of("attention", backend)
     y: Tensor = run(q_BHTK, k_BGTK, v_BGTE, document_ids, window, scale)
     return y
 

@@ -26,7 +26,7 @@ AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns about its own header
 )
-FLASH = ("-mfma", "-ffp-contract=fast")  # compared within a tolerance, not bit by bit
+FMA = ("-mfma", "-ffp-contract=fast")  # compared within a tolerance, not bit by bit
 UNITS: dict[str, tuple[str, ...]] = {
     "w8a8.cpp": (),
     "decode.cpp": (),
@@ -36,9 +36,12 @@ UNITS: dict[str, tuple[str, ...]] = {
     "adamw8bit.cpp": (),
     "adamw8bit_avx512.cpp": AVX512,
     "flash.cpp": (),
-    "flash_avx2.cpp": ("-mavx2", *FLASH),
-    "flash_avx512.cpp": (*AVX512, *FLASH),
-    "flash_avx512bf16.cpp": (*AVX512, "-mavx512bf16", *FLASH),
+    "flash_avx2.cpp": ("-mavx2", *FMA),
+    "flash_avx512.cpp": (*AVX512, *FMA),
+    "cross_entropy.cpp": (),
+    "cross_entropy_avx2.cpp": ("-mavx2", *FMA),
+    "cross_entropy_avx512.cpp": (*AVX512, *FMA),
+    "flash_avx512bf16.cpp": (*AVX512, "-mavx512bf16", *FMA),
 }
 """Translation units and the flags that only they get; the rest must run on any x86-64."""
 COMPILE_TIMEOUT_S = 300

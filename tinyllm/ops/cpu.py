@@ -67,6 +67,7 @@ def load() -> tuple[Any, str]:
         *(integer, pointer, integer),
     )
     library.tinyllm_adamw8bit.argtypes = (pointer, integer, integer)
+    library.tinyllm_cross_entropy.argtypes = (pointer, integer)
     library.tinyllm_flash_forward.argtypes = (pointer, integer)
     library.tinyllm_flash_backward.argtypes = (pointer, integer)
     return library, path.name

@@ -105,3 +105,24 @@ def attention(
     scores = (q_BHTK @ k.mT) * scale
     mask = visible(q_BHTK.shape[2], document_ids, window, q_BHTK.device)
     return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -ln softmax(logits)[target] per row, and its gradient softmax - one hot.
+
+    Bishop 2006, eq. 4.109. Computed in fp32 or wider.
+
+    Args:
+        logits_NV: (N, V), floating point.
+        targets_N: (N,), int64, below V; a row with a negative one has loss 0 and gradient 0.
+
+    Returns:
+        Losses (N,) in fp32 or wider, the gradient (N, V) in the format of the logits.
+    """
+    counts, index = targets_N[:, None] >= 0, targets_N[:, None].clamp(min=0)
+    logits = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    loss = torch.where(counts, log_sum - logits.gather(1, index), 0)
+    softmax = (logits - log_sum).exp_()
+    softmax.scatter_(1, index, softmax.gather(1, index) - 1)
+    return loss.squeeze(1), softmax.mul_(counts).to(logits_NV.dtype)

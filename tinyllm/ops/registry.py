@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyllm.errors import TinyllmError
-from tinyllm.ops import adamw8bit, build, cpu, decode, flash, library, reference
+from tinyllm.ops import adamw8bit, build, cpu, cross_entropy, decode, flash, library, reference
 
 BACKENDS = ("cpu", "torch", "reference")
 
@@ -79,6 +79,12 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
         Implementation(backend="cpu", function=adamw8bit.step, refuses=adamw8bit.refuses),
         Implementation(backend="reference", function=adamw8bit.reference_step, refuses=_takes_all),
     ),
+    "cross_entropy": (
+        Implementation(
+            backend="cpu", function=cross_entropy.cross_entropy, refuses=cross_entropy.refuses
+        ),
+        Implementation(backend="reference", function=reference.cross_entropy, refuses=_takes_all),
+    ),
     "attention": (
         Implementation(backend="cpu", function=flash.attention, refuses=flash.refuses),
         Implementation(backend="torch", function=library.attention, refuses=_takes_all),
@@ -121,6 +127,11 @@ def select(operation: str, subject: Any) -> Implementation:
                 )
             return implementation
     return implementations[-1]
+
+
+def function_of(operation: str, backend: str) -> Callable[..., Any]:
+    """Return a backend's version of an operation."""
+    return next(each.function for each in OPERATIONS[operation] if each.backend == backend)
 
 
 def describe() -> list[Row]:

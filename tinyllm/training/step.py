@@ -15,6 +15,7 @@ from tinyllm.model.loss import linear_cross_entropy
 from tinyllm.model.transformer import Transformer, next_token_loss
 from tinyllm.progress import Progress
 from tinyllm.shards.batches import Batch
+from tinyllm.training.allocator import keep_freed_memory
 from tinyllm.training.average import WeightAverage
 from tinyllm.training.compiling import compile_loss, is_compile_failure
 from tinyllm.training.diagnosis import noise_and_signal, part_norms
@@ -49,6 +50,8 @@ class Stepper:
         progress: Progress,
         team: Team = ALONE,
     ) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         self.model = model
         self.params = params
         self.device = device
