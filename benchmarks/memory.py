@@ -2,9 +2,11 @@
 
     python benchmarks/memory.py [--quick] [--save]
 
-Every rung is a process of its own, because memory that was once used is seldom given back. Peak is
-what the step added to the process: libraries are warmed up by a step before the count begins. The
-estimate beside it is that of `tinyllm plan`. The last line is one JSON object.
+Every rung is two processes, because memory that was once used is seldom given back. The peak is
+what the step added to the first, in which freed memory goes back to the system at once; libraries
+are warm by then. The estimate beside it is that of `tinyllm plan`. The second runs as training
+does, with the memory that the C library holds for the next step; the tokens per second are its own.
+The last line is one JSON object.
 """
 
 import os
@@ -49,6 +51,7 @@ RUNGS: list[tuple[str, dict[str, Any]]] = [
     ("+ checkpoint: blocks", {"checkpoint": "blocks"}),
     ("+ 8-bit AdamW", {"optimizer": "adamw8bit"}),
 ]
+QUICK_RUNGS = (0, 2, 5)
 STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Buffers beyond 64 KB go back to the system at once, so that the process shows what is held."""
 
@@ -57,6 +60,7 @@ def measure(given: dict[str, Any]) -> dict[str, float]:
     """Return peak and estimate in bytes and tokens per second of one setting, here and now."""
     document = read_yaml(ROOT / "params.yaml")
     steps, chunked = given.pop("steps", 3), given.pop("chunked", True)
+    steady = STEADY.items() <= os.environ.items()
     vocab_size, model = given.pop("vocab_size"), given.pop("model", {})
     settings = {**document["pretrain"], "compile": "off", **given}
     params = build_params(PretrainParams, settings, "benchmark")
@@ -64,7 +68,7 @@ def measure(given: dict[str, Any]) -> dict[str, float]:
     config = resolve(sizes, vocab_size)
     if not chunked:
         vars(step_module)["linear_cross_entropy"] = _all_logits
-    need = estimate_memory(config, params, params.batch_size)
+    need = estimate_memory(config, params, params.batch_size).total if steady else 0
     _steps(config, params, 1)
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
@@ -74,7 +78,7 @@ def measure(given: dict[str, Any]) -> dict[str, float]:
     times = _steps(config, params, steps)
     return {
         "peak_bytes": _status("VmHWM") - before,
-        "estimated_bytes": need.total,
+        "estimated_bytes": need,
         "tokens_per_s": params.tokens_per_step / statistics.median(times[1:]),
     }
 
@@ -103,12 +107,11 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def in_own_process(settings: dict[str, Any]) -> dict[str, float]:
+def in_own_process(settings: dict[str, Any], *, steady: bool = True) -> dict[str, float]:
     """Return what `measure` returns in a new process."""
     command = [sys.executable, __file__, "--measure", json.dumps(settings)]
-    done = subprocess.run(
-        command, env={**os.environ, **STEADY}, check=True, capture_output=True, text=True
-    )
+    environment = {**os.environ, **(STEADY if steady else {})}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -116,24 +119,27 @@ def in_own_process(settings: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     """Print the ladder, then one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the batch, fewer steps")
+    parser.add_argument("--quick", action="store_true", help="three rungs, a quarter of the batch")
     parser.add_argument("--save", action="store_true", help=f"write into {RESULTS.name}/")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(json.loads(options.measure))))
         return
-    settings: dict[str, Any] = {**SIZES, "steps": 5}
+    settings: dict[str, Any] = {**SIZES, "steps": 6}
     if options.quick:
         settings |= {"batch_size": 4, "steps": 2}
-    print(f"{'':28}{'peak MB':>9}{'plan MB':>9}{'tokens/s':>10}")
+    print(f"{'':28}{'peak MB':>9}{'plan MB':>9}{'as run MB':>11}{'tokens/s':>10}")
     rows = []
-    for name, change in RUNGS:
+    for number, (name, change) in enumerate(RUNGS):
         settings |= change
-        row = in_own_process(settings)
+        if options.quick and number not in QUICK_RUNGS:
+            continue
+        row, as_run = in_own_process(settings), in_own_process(settings, steady=False)
+        row |= {"as_run_bytes": as_run["peak_bytes"], "tokens_per_s": as_run["tokens_per_s"]}
         rows.append({"name": name, **row})
-        peak, plan = row["peak_bytes"] / 1e6, row["estimated_bytes"] / 1e6
-        print(f"{name:28}{peak:9.0f}{plan:9.0f}{row['tokens_per_s']:10.0f}", flush=True)
+        peak, plan, held = (row[f"{kind}_bytes"] / 1e6 for kind in ("peak", "estimated", "as_run"))
+        print(f"{name:28}{peak:9.0f}{plan:9.0f}{held:11.0f}{row['tokens_per_s']:10.0f}", flush=True)
     share = rows[-1]["peak_bytes"] / rows[0]["peak_bytes"]  # type: ignore[operator]
     result = {"peak_share": round(share, 3), "rungs": rows, "machine": fingerprint()}
     if options.save:

@@ -75,12 +75,12 @@ RECIPES = {
     ),
     "five_minutes": Recipe(
         vocab_size=1024,
-        model={"d": 256, "n_layers": 6, "max_seq_len": 128},
+        model={"d": 256, "n_layers": 6, "max_seq_len": 128, "dropout": 0.1},
         pretrain={"steps": 900, "seq_len": 128, "batch_size": 16, "compile": "on"},
     ),
     "thirty_minutes": Recipe(
         vocab_size=1024,
-        model={"d": 384, "n_layers": 6, "max_seq_len": 128},
+        model={"d": 384, "n_layers": 6, "max_seq_len": 128, "dropout": 0.2},
         pretrain={"steps": 3000, "seq_len": 128, "batch_size": 16, "compile": "on"},
     ),
 }  # fmt: skip
