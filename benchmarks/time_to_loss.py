@@ -69,19 +69,19 @@ RECIPES = {
         vocab_size=512,
         model={"d": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4, "max_seq_len": 64},
         pretrain={
-            "steps": 160, "seq_len": 64, "batch_size": 12, "lr": 6e-3, "muon_lr": 4e-2,
+            "steps": 220, "seq_len": 64, "batch_size": 12, "lr": 6e-3, "muon_lr": 4e-2,
             "warmup_steps": 10, "compile": "off", "decay_share": 0.8,
         },
     ),
     "five_minutes": Recipe(
         vocab_size=1024,
         model={"d": 256, "n_layers": 6, "max_seq_len": 128, "dropout": 0.1},
-        pretrain={"steps": 900, "seq_len": 128, "batch_size": 16, "compile": "on"},
+        pretrain={"steps": 560, "seq_len": 128, "batch_size": 16, "compile": "on"},
     ),
     "thirty_minutes": Recipe(
         vocab_size=1024,
         model={"d": 384, "n_layers": 6, "max_seq_len": 128, "dropout": 0.2},
-        pretrain={"steps": 3000, "seq_len": 128, "batch_size": 16, "compile": "on"},
+        pretrain={"steps": 1800, "seq_len": 128, "batch_size": 16, "compile": "on"},
     ),
 }  # fmt: skip
 

@@ -1,0 +1,40 @@
+"""The comparisons of benchmarks/ as their readers run them: a table, then one JSON object."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_text import made_up_text
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+QUICK = (
+    "adamw8bit",
+    "attention",
+    "attention_kinds",
+    "memory",
+    "throughput",
+    "time_to_loss",
+    "transformers_equality",
+)
+LIMIT_S = 50
+
+
+@pytest.mark.slow  # a quarter to a whole minute each
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_ends_in_time_with_one_json_object(name, tmp_path):
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick"]
+    if name == "time_to_loss":
+        text = tmp_path / "text.txt"
+        text.write_text(made_up_text(40_000), encoding="utf-8")
+        command += ["--text", str(text)]
+    started_s = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    seconds = time.perf_counter() - started_s
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    assert table
+    assert isinstance(json.loads(last), dict)
+    assert seconds < LIMIT_S
