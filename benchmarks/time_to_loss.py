@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from tinyllm import paths
 from tinyllm.evaluation.loss import TokenPart, evaluate_stream
 from tinyllm.model.init import build_model, count_parameters
 from tinyllm.model.sizes import ModelParams, resolve
@@ -44,6 +43,7 @@ from tinyllm.tokenizer.train import TokenizerParams, train_bpe
 from tinyllm.training.loop import train
 from tinyllm.training.params import PretrainParams
 
+ROOT = Path(__file__).parent.parent
 TRAIN_SHARE = 0.9
 EVALUATIONS = 6
 NANOGPT = {  # the CPU recipe of its README; it tells the time of every step
@@ -117,7 +117,7 @@ def run_ours(text: str, recipe: Recipe, n_steps: int | None) -> tuple[Clock, int
     )
     n_characters = len(text) - cut
     split = TokenPart(stream=held_out, n_bytes=len(text[cut:].encode()))
-    shipped = read_yaml(paths.PARAMS)
+    shipped = read_yaml(ROOT / "params.yaml")
     sizes = build_params(ModelParams, {**shipped["model"], **recipe.model}, "model")
     steps = n_steps or recipe.pretrain["steps"]
     knobs = {**shipped["pretrain"], **recipe.pretrain, "steps": steps, "sample_every": 0}
