@@ -25,7 +25,8 @@ class ConsoleProgress:
         self._console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._task: tuple[str, TaskID] | None = None
-        self._started_s: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+        """Of each task: when it was first heard of, and how much was done by then."""
         self._last_line_s = 0.0
 
     def say(self, message: str) -> None:
@@ -42,12 +43,14 @@ class ConsoleProgress:
             self._move_bar(task, done, total, figures)
             return
         now = time.monotonic()
-        started_s = self._started_s.setdefault(task, now)
+        began_s, began_at = self._began.setdefault(task, (now, done))
         if done < total and now - self._last_line_s < LINE_INTERVAL_S:
             return
         self._last_line_s = now
-        left_s = (now - started_s) / max(done, 1) * (total - done)
-        self.say(f"{task} {done}/{total}  {_format(figures)}  {left_s:.0f} s left")
+        left = ""
+        if began_at < done < total:
+            left = f"  {(now - began_s) / (done - began_at) * (total - done):.0f} s left"
+        self.say(f"{task} {done}/{total}  {_format(figures)}{left}".rstrip())
 
     def _move_bar(self, task: str, done: int, total: int, figures: dict[str, float]) -> None:
         """Show the task in the live bar; a new task replaces a finished one."""

@@ -12,6 +12,7 @@ from tinyllm.errors import TrainingError
 from tinyllm.model.init import build_model
 from tinyllm.shards.batches import Batch
 from tinyllm.training import memory
+from tinyllm.training import preflight as preflight_module
 from tinyllm.training.params import TrainingParams
 from tinyllm.training.preflight import check_shift, preflight
 
@@ -89,6 +90,14 @@ def test_a_model_that_cannot_learn_is_refused():
     model = build_model(CONFIG, 0)
     model.hidden = lambda ids, **_: torch.zeros(*ids.shape, CONFIG.d, requires_grad=True)
     assert "does not learn one row by heart" in refusal(model=model)
+
+
+def test_a_model_that_moves_far_with_every_step_is_not_refused(monkeypatch):
+    """As a wide one does, whose outputs are sums of many weights."""
+    monkeypatch.setattr(preflight_module, "OVERFIT_RATE", 0.1)
+    look(build_model(CONFIG, 0), fresh=False)
+    monkeypatch.setattr(preflight_module, "TOO_FAST", 1)
+    assert "does not learn one row by heart" in refusal(model=build_model(CONFIG, 0))
 
 
 def test_no_target_is_refused():
