@@ -1,22 +1,15 @@
 import pytest
 import torch
+from instruction_sets import isa_fixture
 
-from tinyllm.ops import adamw8bit, cpu
+from tinyllm.ops import adamw8bit
 from tinyllm.ops.adamw8bit import BLOCK, Moments, Rates, dynamic_code
 from tinyllm.training.adamw8bit import AdamW8bit
 
 BETAS, LR, EPS, DECAY = (0.9, 0.99), 1e-3, 1e-8, 0.1
 
 
-@pytest.fixture(params=["scalar", "avx512vnni"])
-def isa(request, monkeypatch):
-    native, reason = cpu.load()
-    if native is None:
-        pytest.skip(f"no native kernels here: {reason}")
-    if not native.tinyllm_isa_supported(cpu.ISAS.index(request.param)):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("TINYLLM_CPU_ISA", request.param)
-    return request.param
+isa = isa_fixture("scalar", "avx512vnni")
 
 
 def empty(n):

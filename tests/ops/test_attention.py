@@ -4,6 +4,7 @@ import mmap
 
 import pytest
 import torch
+from instruction_sets import isa_fixture
 from torch.nn import functional as F
 
 from tinyllm.ops import attention as attention_module
@@ -27,15 +28,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=ARITHMETICS)
-def isa(request, monkeypatch):
-    native, reason = cpu.load()
-    if native is None:
-        pytest.skip(f"no native kernels here: {reason}")
-    if not native.tinyllm_isa_supported(cpu.ISAS.index(request.param)):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("TINYLLM_CPU_ISA", request.param)
-    return request.param
+isa = isa_fixture(*ARITHMETICS)
 
 
 @pytest.fixture

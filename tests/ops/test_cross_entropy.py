@@ -2,23 +2,16 @@ import math
 
 import pytest
 import torch
+from instruction_sets import isa_fixture
 
-from tinyllm.ops import cpu, reference
+from tinyllm.ops import reference
 from tinyllm.ops.cross_entropy import cross_entropy
 
 FORMATS = (torch.float32, torch.bfloat16)
 EPS = 2.0**-23
 
 
-@pytest.fixture(params=["avx2", "avx512vnni"])
-def isa(request, monkeypatch):
-    native, reason = cpu.load()
-    if native is None:
-        pytest.skip(f"no native kernels here: {reason}")
-    if not native.tinyllm_isa_supported(cpu.ISAS.index(request.param)):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("TINYLLM_CPU_ISA", request.param)
-    return request.param
+isa = isa_fixture("avx2", "avx512vnni")
 
 
 def case(rows, n, dtype, spread=4.0):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from instruction_sets import isa_fixture
 
 from tinyllm.ops import cpu
 from tinyllm.ops.decode import BlockWeights, DecodeBlock
@@ -10,15 +11,7 @@ H, G = 4, 2
 EPS = 1e-6
 
 
-@pytest.fixture(params=cpu.ISAS)
-def isa(request, monkeypatch):
-    native, reason = cpu.load()
-    if native is None:
-        pytest.skip(f"no native kernels here: {reason}")
-    if not native.tinyllm_isa_supported(cpu.ISAS.index(request.param)):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("TINYLLM_CPU_ISA", request.param)
-    return request.param
+isa = isa_fixture(*cpu.ISAS)
 
 
 def copying(n, k):

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from instruction_sets import isa_fixture
 
 from tinyllm.errors import TinyllmError
 from tinyllm.ops import cpu, library, reference
@@ -13,15 +14,7 @@ SHAPES = [(1, 1, 1), (1, 256, 256), (2, 6, 42), (3, 42, 6), (5, 64, 123), (6, 65
 SHAPES += [(7, 123, 704), (13, 431, 17), (97, 33, 65), (200, 16, 64)]
 
 
-@pytest.fixture(params=cpu.ISAS)
-def isa(request, monkeypatch):
-    native, reason = cpu.load()
-    if native is None:
-        pytest.skip(f"no native kernels here: {reason}")
-    if not native.tinyllm_isa_supported(cpu.ISAS.index(request.param)):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("TINYLLM_CPU_ISA", request.param)
-    return request.param
+isa = isa_fixture(*cpu.ISAS)
 
 
 @pytest.fixture

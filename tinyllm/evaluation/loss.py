@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tinyllm.errors import DataError
 from tinyllm.model.transformer import next_token_loss
+from tinyllm.shards.batches import IGNORED
 from tinyllm.shards.stream import TokenStream
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IGNORED = -100
 
 
 class TokenSplit(Protocol):

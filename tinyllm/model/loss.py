@@ -13,8 +13,6 @@ from torch import Tensor
 
 from tinyllm.ops.registry import function_of, select
 
-IGNORED = -100
-"""A target that does not count."""
 CHUNK_ROWS = 256
 """Positions per chunk. Of 128, 256, 512, 1024 the fastest for V = 4096 and 8192, D = 256."""
 MAX_CHUNKS = 16

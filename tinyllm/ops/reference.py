@@ -1,5 +1,6 @@
-"""Every operation in plain torch: the definition that all other backends equal to the last bit.
+"""Every operation in plain torch: the definition of what the other backends compute.
 
+INT8 operations equal it to the last bit, attention and cross-entropy but for rounding.
 Not fast. Dimensions: M rows, N outputs, K inputs; for attention B batch, T positions, H query
 heads, G key-value heads, K width of queries and keys, E width of values.
 """

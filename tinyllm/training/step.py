@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinyllm.model.loss import linear_cross_entropy
 from tinyllm.model.transformer import Transformer, next_token_loss
 from tinyllm.progress import Progress
-from tinyllm.shards.batches import Batch
+from tinyllm.shards.batches import IGNORED, Batch
 from tinyllm.training.allocator import keep_freed_memory
 from tinyllm.training.average import WeightAverage
 from tinyllm.training.compiling import compile_loss, is_compile_failure
@@ -32,7 +32,6 @@ from tinyllm.training.precision import autocast, build_scaler, plain_attention
 from tinyllm.training.schedule import lr_share
 from tinyllm.training.sharded_state import cut_state
 
-IGNORED_TARGET = -100
 PLAIN_ATTENTION_TOKENS = 512
 """Longest sequence whose table of scores, the square of it, is cheap to keep on a CPU."""
 
@@ -143,7 +142,7 @@ class Stepper:
         of a team has its rows only and divides by all targets too; gradients are then averaged over
         the ranks, hence the factor.
         """
-        counts = [int((batch.targets != IGNORED_TARGET).sum()) for batch in batches]
+        counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
         n_targets = max(1, sum(counts))
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(map(self.team.rows, batches)):
