@@ -22,3 +22,5 @@ class Launch:
     """Dynamic shared memory of a block."""
     arguments: ctypes.Structure
     """The kernel's one parameter: pointers, sizes and factors, the struct of the .cu file."""
+    defines: tuple[str, ...] = ()
+    """Macros the file is compiled with, such as "WIDTH=64": each set is its own program."""
