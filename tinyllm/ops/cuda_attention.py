@@ -23,11 +23,11 @@ NARROW = 64
 TILES = {
     # entry, file: (ROW_TILES, COLUMNS) of narrow heads, of wide ones, of wide ones on ROOMY cards
     "attention_forward": ((2, 64), (1, 32), (2, 32)),
-    "attention_backward_queries": ((2, 32), (1, 32), (1, 64)),
+    "attention_backward_queries": ((2, 32), (1, 32), (1, 32)),
     "attention_backward_keys": ((2, 32), (1, 32), (1, 32)),
 }
 ROOMY = ((8, 0), (9, 0))
-"""Cards (A100, H100) with shared memory for two blocks of large tiles per multiprocessor."""
+"""Cards (A100, H100) with shared memory for two blocks of 64 KB per multiprocessor."""
 Run = Callable[[Launch], object]
 
 
