@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,6 +21,7 @@ from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 from tinyllm.artifact import Manifest, load_manifest
 from tinyllm.errors import ArtifactError, DataError, LineageError
 from tinyllm.export.gguf_layout import architecture_of, gguf_sizes, gguf_tensors
+from tinyllm.export.params import GgufType
 from tinyllm.model.directory import load_config, load_weights
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.tokenizer.chat import ChatTemplate
@@ -28,7 +29,6 @@ from tinyllm.tokenizer.special import END_OF_TEXT, END_OF_TURN, PAD, SPECIAL_TOK
 from tinyllm.tokenizer.split import PATTERN
 from tinyllm.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
-GgufType = Literal["f32", "f16", "q8_0"]
 _FILE_TYPES: dict[GgufType, LlamaFileType] = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
