@@ -109,6 +109,10 @@ class LlamaCppModel:
     def _forward(self, ids: Sequence[int], start: int) -> npt.NDArray[np.float32]:
         """Run new tokens from a position on and return the logits of all of them, (T, V)."""
         T = len(ids)
+        if start + T > self.max_seq_len:  # llama.cpp would end the process
+            raise DataError(
+                f"llama.cpp: {start + T} tokens are more than the context of {self.max_seq_len}"
+            )
         batch = self._lib.llama_batch_init(T, 0, 1)
         try:
             batch.n_tokens = T
@@ -119,10 +123,7 @@ class LlamaCppModel:
         finally:
             self._lib.llama_batch_free(batch)
         if code != 0:
-            raise DataError(
-                f"llama.cpp: cannot run {T} tokens after {start}; its context has"
-                f" {self.max_seq_len} (code {code})"
-            )
+            raise DataError(f"llama.cpp: cannot run {T} tokens after {start}: code {code}")
         logits = np.ctypeslib.as_array(
             self._lib.llama_get_logits(self._context), (T, self.vocab_size)
         )
