@@ -1,0 +1,30 @@
+"""What the tests of CUDA kernels share."""
+
+import functools
+
+import emulator
+import pytest
+import torch
+
+seeds = pytest.mark.parametrize("seed", [0, 1, 2])
+"""Of the emulator's scheduler: how often warps take turns, and in which order."""
+formats = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
+)
+
+
+def runner(seed, edits=()):
+    """Return what runs launches in the emulator."""
+    return functools.partial(emulator.run, seed=seed, edits=edits)
+
+
+def no_worse(ours, theirs, truth, times):
+    """Assert that our largest error is at most `times` that of plain torch in the same format.
+
+    Where torch's own comes out as nearly nothing, an error of rounding once is always allowed.
+    """
+    assert ours.shape == truth.shape
+    error = (ours.double() - truth).abs().max()
+    once = truth.abs().max() * torch.finfo(ours.dtype).eps / 2
+    bound = times * max((theirs.double() - truth).abs().max(), once)
+    assert error <= bound, f"error {error:.3e}, allowed {bound:.3e}"
