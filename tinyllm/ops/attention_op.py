@@ -22,10 +22,12 @@ Backward = Callable[
 """(d_o, q, k, v, o, lse, document_ids, window, scale) to the gradients of q, k and v."""
 
 
-def as_operator(name: str, forward: Forward, backward: Backward, device_types: str | None) -> tuple[Any, Any]:
+def as_operator(
+    name: str, forward: Forward, backward: Backward, device_types: str | None
+) -> tuple[Any, Any]:
     """Return attention as the operator `name`, and its backward pass, `name`_backward.
 
-    The first returns causal attention, (B, H, T, E), and ln sum exp of the scores, (B, H, T) in fp32.
+    The first returns causal attention, (B, H, T, E), and ln sum exp of scores, (B, H, T) in fp32.
 
     Args:
         name: such as "tinyllm::flash_attention".

@@ -1,7 +1,7 @@
 """Attention by our C++ (kernels/cpu/flash.h), the torch operator `tinyllm::flash_attention`.
 
-Same bits for any number of threads. Dimensions: B batch, T positions, H query heads, G key-value heads,
-K width of queries and keys, E width of values.
+Same bits for any number of threads. Dimensions: B batch, T positions, H query heads,
+G key-value heads, K width of queries and keys, E width of values.
 """
 
 import ctypes

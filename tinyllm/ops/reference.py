@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MAX_K = 65536
 """Most inputs of a linear layer: K * 255 * 127 < 2^31 keeps every int32 sum from overflowing."""
@@ -106,6 +107,14 @@ def attention(
     scores = (q_BHTK @ k.mT) * scale
     mask = visible(q_BHTK.shape[2], document_ids, window, q_BHTK.device)
     return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return weight * x / sqrt(mean(x^2) + eps), (..., D) in x's format, computed in fp32.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """
+    return F.rms_norm(x.float(), weight_D.shape, weight_D.float(), eps).to(x.dtype)
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

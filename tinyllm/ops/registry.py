@@ -19,8 +19,10 @@ from tinyllm.ops import (
     build,
     cpu,
     cross_entropy,
+    cuda,
     cuda_build,
     cuda_driver,
+    cuda_norm_op,
     decode,
     flash,
     library,
@@ -67,12 +69,16 @@ def _cpu_refuses(tensor: Tensor) -> str | None:
 
 OPERATIONS: Mapping[str, Sequence[Implementation]] = {
     "quantize_per_row": (
+        Implementation(
+            backend="cuda", function=cuda.quantize_per_row, refuses=cuda.refuses_quantize
+        ),
         Implementation(backend="cpu", function=cpu.quantize_per_row, refuses=_cpu_refuses),
         Implementation(
             backend="reference", function=reference.quantize_per_row, refuses=_takes_all
         ),
     ),
     "linear_w8a8": (
+        Implementation(backend="cuda", function=cuda.bind_linear_w8a8, refuses=cuda.refuses_linear),
         Implementation(backend="cpu", function=cpu.bind_linear_w8a8, refuses=_cpu_refuses),
         Implementation(
             backend="torch",
@@ -97,7 +103,14 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
         ),
         Implementation(backend="reference", function=reference.cross_entropy, refuses=_takes_all),
     ),
+    "rms_norm": (
+        Implementation(
+            backend="cuda", function=cuda_norm_op.rms_norm, refuses=cuda_norm_op.refuses
+        ),
+        Implementation(backend="reference", function=reference.rms_norm, refuses=_takes_all),
+    ),
     "attention": (
+        Implementation(backend="cuda", function=cuda.attention, refuses=cuda.refuses_attention),
         Implementation(backend="cpu", function=flash.attention, refuses=flash.refuses),
         Implementation(backend="torch", function=library.attention, refuses=_takes_all),
         Implementation(backend="reference", function=reference.attention, refuses=_takes_all),
