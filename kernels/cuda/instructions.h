@@ -54,13 +54,18 @@ __device__ __forceinline__ int dp4a(unsigned a, unsigned b, int c) {
 __device__ __forceinline__ uint4 load_bits(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store_bits(void* p, uint4 bits) { *static_cast<uint4*>(p) = bits; }
 
-// Starts a copy of 16 bytes into shared memory, of zeros unless is_real; both addresses are multiples
-// of 16. Copies are grouped by commit; wait<n> returns when all but this thread's last n groups are
+// Starts a copy of 16 (4) bytes into shared memory, of zeros unless is_real; both addresses are
+// multiples of 16 (4). Copies are grouped by commit; wait<n> returns when all but this thread's last n groups are
 // there. Other threads may read only after a barrier behind it.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool is_real) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
                "r"(is_real ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool is_real) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global),
+               "r"(is_real ? 4 : 0) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>

@@ -40,6 +40,7 @@ struct Site {
 struct Copy {
   char* to;
   const char* from;  // null: zeros
+  int n_bytes;
 };
 
 enum class State { kReady, kWarp, kBlock, kDone };
@@ -129,20 +130,22 @@ static void meet(const Site& site, void* operands, void (*apply)(void* const ope
 
 // ---- asynchronous copies: the old bytes are gone at once, the new ones come at the wait ----
 
-static void check_shared(const void* p, const char* what) {
+static void check_shared(const void* p, int n_bytes, const char* what) {
   const char* c = static_cast<const char*>(p);
-  if (reinterpret_cast<uintptr_t>(p) % 16) fail("%s: shared address is not a multiple of 16", what);
-  if (c < m.shared || c + 16 > m.shared + m.shared_bytes)
+  if (reinterpret_cast<uintptr_t>(p) % n_bytes)
+    fail("%s: shared address is not a multiple of %d", what, n_bytes);
+  if (c < m.shared || c + n_bytes > m.shared + m.shared_bytes)
     fail("%s: byte %td of %u of shared memory", what, c - m.shared, m.shared_bytes);
 }
 
-static void copy_start(void* to, const void* from) {
+static void copy_start(void* to, const void* from, int n_bytes) {
   Thread& me = self();
-  check_shared(to, "cp_async_16");
-  if (reinterpret_cast<uintptr_t>(from) % 16) fail("cp_async_16: source is not a multiple of 16");
+  check_shared(to, n_bytes, "cp_async");
+  if (reinterpret_cast<uintptr_t>(from) % n_bytes)
+    fail("cp_async: source is not a multiple of %d", n_bytes);
   if (me.n_copies == kMaxCopies) fail("more than %d copies in flight", kMaxCopies);
-  memset(to, 0xff, 16);
-  me.copies[me.n_copies++] = {static_cast<char*>(to), static_cast<const char*>(from)};
+  memset(to, 0xff, n_bytes);
+  me.copies[me.n_copies++] = {static_cast<char*>(to), static_cast<const char*>(from), n_bytes};
 }
 
 static void copy_commit() {
@@ -158,8 +161,8 @@ static void copy_wait(int n_left) {  // at most n_left groups stay in flight
   const int end = me.group_end[n - 1];
   for (int i = 0; i < end; i++) {
     const Copy& c = me.copies[i];
-    if (c.from) memcpy(c.to, c.from, 16);
-    else memset(c.to, 0, 16);
+    if (c.from) memcpy(c.to, c.from, c.n_bytes);
+    else memset(c.to, 0, c.n_bytes);
   }
   memmove(me.copies, me.copies + end, (me.n_copies - end) * sizeof(Copy));
   me.n_copies -= end, me.n_groups -= n;

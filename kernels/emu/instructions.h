@@ -62,7 +62,10 @@ inline void store_bits(void* p, uint4 bits) {
 }
 
 inline void cp_async_16(void* shared, const void* global, bool is_real) {
-  emu::copy_start(shared, is_real ? global : nullptr);
+  emu::copy_start(shared, is_real ? global : nullptr, 16);
+}
+inline void cp_async_4(void* shared, const void* global, bool is_real) {
+  emu::copy_start(shared, is_real ? global : nullptr, 4);
 }
 inline void cp_async_commit() { emu::copy_commit(); }
 template <int kLeft>
@@ -75,7 +78,7 @@ struct RowAddress {
 
 template <bool kTransposed>
 void ldmatrix(unsigned (&out)[4], const void* row, const emu::Site& site) {
-  emu::check_shared(row, site.name);
+  emu::check_shared(row, 16, site.name);
   RowAddress mine{static_cast<const char*>(row), out};
   emu::meet(site, &mine, [](void* const all[32]) {
     for (int i = 0; i < 4; i++) {

@@ -1,0 +1,212 @@
+// Fused causal attention on the card: what the three kernels share.
+//
+//   S = scale Q K^T, masked     P = softmax(S) by rows     O = P V     lse = ln sum exp S
+//
+// The table of scores is never stored: Dao 2023, arXiv:2307.08691, algorithms 1 and 2. Called from
+// tinyllm/ops/cuda_attention.py. B batch, T positions, H query heads, G key-value heads, K width of
+// queries and keys, E width of values; query head h reads key-value head h / (H / G).
+//
+// A program is compiled for one number FORMAT (bf16, half), WIDTH = K, VALUE_WIDTH = E and one shape
+// of the tiles: a warp owns 16 ROW_TILES rows of the result, COLUMNS rows of the other side pass by.
+#pragma once
+#include "device.h"
+
+namespace tinyllm {
+
+using Number = FORMAT;
+constexpr int kWidth = WIDTH, kValueWidth = VALUE_WIDTH, kTiles = ROW_TILES, kColumns = COLUMNS;
+constexpr int kThreads = 128, kWarpRows = 16 * kTiles, kRows = kThreads / kLanes * kWarpRows;
+constexpr int kRangeSize = 32;  // positions of one entry of `ranges`
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+static_assert(kWidth % 16 == 0 && kValueWidth % 16 == 0 && kColumns % kRangeSize == 0, "16-bit tiles");
+
+// A tensor (B, heads, T, width): strides in elements, multiples of 8; the width without gaps.
+struct Heads {
+  Number* data;
+  i64 batch, head, token;
+};
+
+struct Attention {
+  Heads q, k, v, o;
+  Heads d_o, d_q, d_k, d_v;  // gradients, backward only
+  float *lse, *delta;        // [B][H][T]; lse: natural logarithm; delta: rowsum(dO O), backward only
+  const i32* documents;      // [B][padded]: positions of different documents are invisible; or null
+  const i32* ranges;         // [B][padded / 32][2]: least and largest document of 32 positions
+  i64 padded;                // T rounded up to a multiple of 128
+  i32 n_tokens, n_heads, n_kv_heads;
+  i32 window;                // a query sees its own position and window - 1 before; 0: all
+  float scale;               // positive
+};
+
+__device__ __forceinline__ Number* head_of(const Heads& x, int batch, int head) {
+  return x.data + batch * x.batch + head * x.head;
+}
+
+// ---- tiles: rows of 16-bit numbers in shared memory, in chunks of 8 numbers (16 bytes) ----
+//
+// ldmatrix reads a column of 8 chunks at once, which must lie in 8 different groups of 4 banks. The
+// chunk's index is XORed with bits of the row, as many as keep it within the row.
+
+template <int kWidth>
+__device__ __forceinline__ int place(int row, int chunk) {  // in numbers
+  constexpr int kChunks = kWidth / 8, kBits = kChunks % 8 == 0 ? 3 : kChunks % 4 == 0 ? 2 : 1;
+  return (row * kChunks + (chunk ^ (row >> (3 - kBits) & ((1 << kBits) - 1)))) * 8;
+}
+
+// Starts copying kRows rows from `row` on of a head into a tile; rows past the end are zeros.
+template <int kWidth, int kRows>
+__device__ __forceinline__ void stage(Number* tile, const Number* head, i64 token, int row, int n_tokens) {
+  constexpr int kChunks = kWidth / 8;
+#pragma unroll
+  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+    const int r = i / kChunks, c = i % kChunks;
+    const bool is_real = row + r < n_tokens;
+    cp_async_16(tile + place<kWidth>(r, c), head + (is_real ? row + r : 0) * token + c * 8, is_real);
+  }
+}
+
+// sums += A B^T: rows `row` ... of tile A, the rows of tile B; kDepth numbers each.
+template <int kDepth, int kColumns>
+__device__ __forceinline__ void multiply_rows(float (&sums)[kTiles][kColumns / 8][4], const Number* a, int row,
+                                              const Number* b) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int depth = 0; depth < kDepth / 8; depth += 2) {  // in chunks
+    unsigned left[kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; i++)
+      ldmatrix_x4(left[i], a + place<kDepth>(row + 16 * i + lane % 16, depth + lane / 16));
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; j++) {
+      unsigned both[4];
+      ldmatrix_x4(both, b + place<kDepth>(16 * j + lane / 16 * 8 + lane % 8, depth + lane / 8 % 2));
+      const unsigned right[2][2] = {{both[0], both[1]}, {both[2], both[3]}};
+#pragma unroll
+      for (int i = 0; i < kTiles; i++) {
+        mma_m16n8k16<Number>(sums[i][2 * j], left[i], right[0]);
+        mma_m16n8k16<Number>(sums[i][2 * j + 1], left[i], right[1]);
+      }
+    }
+  }
+}
+
+// sums += W B: weights of an earlier product, still in registers, times the kDepth rows of tile B.
+template <int kDepth, int kWidth>
+__device__ __forceinline__ void multiply_weights(float (&sums)[kTiles][kWidth / 8][4],
+                                                 const float (&w)[kTiles][kDepth / 8][4], const Number* b) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int depth = 0; depth < kDepth / 16; depth++) {
+    unsigned left[kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; i++)  // a lane's sums are just what it must hold of the left operand
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float* pair = w[i][2 * depth + e / 2] + e % 2 * 2;
+        left[i][e] = pack<Number>(pair[0], pair[1]);
+      }
+#pragma unroll
+    for (int j = 0; j < kWidth / 16; j++) {
+      unsigned both[4];
+      ldmatrix_x4_trans(both, b + place<kWidth>(16 * depth + lane % 16, 2 * j + lane / 16));
+      const unsigned right[2][2] = {{both[0], both[1]}, {both[2], both[3]}};
+#pragma unroll
+      for (int i = 0; i < kTiles; i++) {
+        mma_m16n8k16<Number>(sums[i][2 * j], left[i], right[0]);
+        mma_m16n8k16<Number>(sums[i][2 * j + 1], left[i], right[1]);
+      }
+    }
+  }
+}
+
+template <int kWidth>
+__device__ __forceinline__ void clear(float (&x)[kTiles][kWidth / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles; i++)
+#pragma unroll
+    for (int j = 0; j < kWidth / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) x[i][j][e] = 0;
+}
+
+// Stores the warp's rows from `row` on, times a factor for each of the lane's rows.
+template <int kWidth>
+__device__ __forceinline__ void store_rows(const float (&x)[kTiles][kWidth / 8][4], const float (&factor)[kTiles][2],
+                                           Number* head, i64 token, int row, int n_tokens) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int i = 0; i < kTiles; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int r = row + 16 * i + 8 * half + lane / 4;
+      if (r >= n_tokens) continue;
+      Number* to = head + r * token + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kWidth / 8; j++)
+        *reinterpret_cast<unsigned*>(to + 8 * j) =
+            pack<Number>(x[i][j][2 * half] * factor[i][half], x[i][j][2 * half + 1] * factor[i][half]);
+    }
+}
+
+// ---- who sees whom ----
+
+struct Visible {
+  const i32 *documents, *ranges;  // of this sequence, or null
+  int window;
+
+  __device__ __forceinline__ Visible(const Attention& p, int batch)
+      : documents(p.documents ? p.documents + batch * p.padded : nullptr),
+        ranges(p.documents ? p.ranges + batch * (p.padded / kRangeSize) * 2 : nullptr),
+        window(p.window) {}
+
+  __device__ __forceinline__ bool operator()(int query, int key) const {
+    return key <= query && (window == 0 || query - key < window) &&
+           (documents == nullptr || documents[query] == documents[key]);
+  }
+
+  __device__ __forceinline__ void range(int first, int n, int* low, int* high) const {
+    *low = ranges[first / kRangeSize * 2], *high = ranges[first / kRangeSize * 2 + 1];
+    for (int i = first + kRangeSize; i < first + n; i += kRangeSize) {
+      *low = min(*low, ranges[i / kRangeSize * 2]);
+      *high = max(*high, ranges[i / kRangeSize * 2 + 1]);
+    }
+  }
+
+  // Whether none of the queries sees any of the keys, as far as documents say; both from a multiple of 32 on.
+  __device__ __forceinline__ bool apart(int query, int n_queries, int key, int n_keys) const {
+    if (documents == nullptr) return false;
+    int low, high, key_low, key_high;
+    range(query, n_queries, &low, &high);
+    range(key, n_keys, &key_low, &key_high);
+    return low > key_high || high < key_low;
+  }
+
+  // Whether each of the queries sees each of the keys; queries are from a multiple of 16 on.
+  __device__ __forceinline__ bool all(int query, int n_queries, int key, int n_keys) const {
+    if (key + n_keys - 1 > query) return false;
+    if (window && query + n_queries - 1 - key >= window) return false;
+    if (documents == nullptr) return true;
+    int low, high, key_low, key_high;
+    range(query / kRangeSize * kRangeSize, n_queries, &low, &high);
+    range(key / kRangeSize * kRangeSize, n_keys, &key_low, &key_high);
+    return low == high && key_low == key_high && low == key_low;
+  }
+};
+
+// Hides what is invisible: rows are queries and columns keys, or the other way round.
+template <bool kRowsAreKeys>
+__device__ __forceinline__ void hide(float (&s)[kTiles][kColumns / 8][4], int row, int column,
+                                     const Visible& visible) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int i = 0; i < kTiles; i++)
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int r = row + 16 * i + lane / 4 + e / 2 * 8, c = column + 8 * j + lane % 4 * 2 + e % 2;
+        if (!(kRowsAreKeys ? visible(c, r) : visible(r, c))) s[i][j][e] = -kInfinity;
+      }
+}
+
+}  // namespace tinyllm
