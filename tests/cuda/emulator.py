@@ -14,7 +14,7 @@ from tinyllm.ops.launch import Launch
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 FLAGS = (
-    *("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
+    *("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
     "-U_FORTIFY_SOURCE",  # it takes a jump between two fibers' stacks for an attack
     *("-ffp-contract=off", "-fno-strict-aliasing", "-DTINYLLM_EMU"),
 )
@@ -58,7 +58,7 @@ def run(launch: Launch, seed: int = 0, edits: tuple[tuple[str, str, str], ...] =
 def compile_source(
     source: str, defines: tuple[str, ...], edits: tuple[tuple[str, str, str], ...] = ()
 ) -> Path:
-    """Return the shared library of one .cu file, from the user's cache if it was compiled before."""
+    """Return the shared library of one .cu file, from the user's cache if it is there."""
     cxx = str(build.compiler())
     digest = hashlib.sha256(repr((source, defines, edits, FLAGS, _version(cxx))).encode())
     for file in sorted((KERNELS / "cuda" / source, *KERNELS.glob("[ce]*u*/*.h"))):

@@ -1,9 +1,10 @@
 import math
 
+import emulator
 import numpy as np
 import pytest
 import torch
-from checks import formats, no_worse, runner, seeds
+from checks import no_worse, runner, seeds, two_formats
 from torch.nn import functional as F
 
 from tinyllm.ops import cuda_int8, reference
@@ -29,7 +30,7 @@ def same(ours, truth):
 
 
 @seeds
-@formats
+@two_formats
 @pytest.mark.parametrize("shape", [(1, 8), (5, 40), (6, 264), (3, 1032), (2, 2504)])
 def test_quantized_rows_equal_the_reference(shape, dtype, seed):
     x = rows(*shape, dtype)
@@ -57,7 +58,7 @@ def test_padding_is_zeros():
     same(q[:, 40:], torch.zeros(5, 24, dtype=torch.int8))
 
 
-@formats
+@two_formats
 def test_dequantized_rows(dtype):
     q, scale = weights(37, 48)
     ours = cuda_int8.dequantize_per_row(runner(0), q, scale, dtype)
@@ -109,7 +110,7 @@ def test_w8a16_knows_every_byte(dtype):
 
 
 @seeds
-@formats
+@two_formats
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 1, 8), (3, 40, 264), (130, 160, 72), (17, 129, 512), (300, 24, 64)]
 )
@@ -120,8 +121,6 @@ def test_w8a8_equals_the_reference(m, n, k, dtype, seed):
 
 
 def test_w8a8_has_no_bank_conflicts():
-    import emulator
-
     conflicts = []
     x, (q, scale) = rows(128, 256, torch.bfloat16), weights(128, 256)
     cuda_int8.linear_w8a8(

@@ -91,7 +91,7 @@ def middles(*, signed: bool) -> Tensor:
 
 
 @functools.cache
-def _first(*, signed: bool) -> Tensor:
+def first_codes(*, signed: bool) -> Tensor:
     """Return, per bucket of floats with equal upper bits, the first code that can be nearest."""
     bits = (torch.arange(BUCKETS + 1, dtype=torch.int32) + (LOWEST_EXPONENT << 8)) << 15
     edge = bits.view(torch.float32).clone()
@@ -108,7 +108,7 @@ def _code(*, signed: bool) -> tuple[_Code, tuple[Tensor, ...]]:
     tables = (
         dynamic_code(signed=signed),
         torch.cat((middles(signed=signed), last)),
-        _first(signed=signed),
+        first_codes(signed=signed),
     )
     return _Code(*(table.data_ptr() for table in tables)), tables
 

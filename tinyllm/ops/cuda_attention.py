@@ -17,7 +17,7 @@ FORMATS = {torch.bfloat16: "bf16", torch.float16: "half"}
 MIN_WIDTH, MAX_WIDTH = 16, 128
 """Widths are multiples of 16 between these."""
 WARPS, LANES, RANGE, PADDING = 4, 32, 32, 128
-"""Warps of a block, threads of a warp, positions of one entry of `Documents.ranges`; padding of T."""
+"""Warps of a block, threads of a warp; positions of an entry of `Documents.ranges`; T's padding."""
 NARROW = 64
 """Up to this width tiles are larger: the registers hold them (docs/cuda-attention.md)."""
 TILES = {
@@ -85,7 +85,7 @@ def forward(
     q, k, v = (_aligned(x) for x in (q_BHTK, k_BGTK, v_BGTE))
     o = _empty_heads(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    documents = _documents(document_ids)
+    documents = _documents(document_ids, q)
     problem = _problem(q, k, v, o, lse, documents, window, scale)
     run(_launch("attention_forward", q, v, problem, q))
     return o, lse
@@ -110,7 +110,7 @@ def backward(
         lse_BHT.contiguous(),
         torch.empty_like(lse_BHT, memory_format=torch.contiguous_format),
     )
-    documents = _documents(document_ids)
+    documents = _documents(document_ids, q)
     problem = _problem(q, k, v, o, lse, documents, window, scale)
     problem.d_o, problem.delta = _heads(d_o), delta.data_ptr()
     problem.d_q, problem.d_k, problem.d_v = (_heads(x) for x in (d_q, d_k, d_v))
@@ -158,11 +158,17 @@ def _launch(entry: str, q: Tensor, v: Tensor, problem: _Attention, owner: Tensor
     )
 
 
-def _documents(document_ids: Tensor | None) -> Documents | None:
-    """Return (B, T) integers as the kernels read them."""
+def _documents(document_ids: Tensor | None, q: Tensor) -> Documents | None:
+    """Return (B, T) integers as the kernels read them.
+
+    Raises:
+        ValueError: they do not fit the queries.
+    """
     if document_ids is None:
         return None
-    b, t = document_ids.shape
+    b, _, t, _ = q.shape
+    if document_ids.shape != (b, t):
+        raise ValueError(f"document_ids must be {(b, t)}, not {tuple(document_ids.shape)}")
     ids = document_ids.to(torch.int32)
     ids = torch.cat((ids, ids[:, -1:].expand(b, -t % PADDING)), 1).contiguous()
     blocks = ids.view(b, -1, RANGE)
@@ -172,7 +178,7 @@ def _documents(document_ids: Tensor | None) -> Documents | None:
 def _aligned(x: Tensor) -> Tensor:
     """Return x so that each head begins at a multiple of 16 bytes; a copy where it does not."""
     whole = x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:3]) and not x.data_ptr() % 16
-    return x if whole else x.contiguous()
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def _empty_heads(like: Tensor, width: int) -> Tensor:
@@ -208,8 +214,6 @@ def _problem(
         raise ValueError(f"queries, keys and values do not fit together: {shapes}")
     if not q.dtype == k.dtype == v.dtype == o.dtype:
         raise ValueError(f"one number format is needed, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if documents is not None and documents.ids.shape != (b, t + -t % PADDING):
-        raise ValueError("document_ids must be (B, T)")
     return _Attention(
         *(_heads(x) for x in (q, k, v, o)),
         *(_Heads() for _ in range(4)),
