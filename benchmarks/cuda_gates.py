@@ -1,6 +1,6 @@
 """What the compilers make of every CUDA kernel for every card: registers, shared memory, spills.
 
-    python -m benchmarks.cuda_gates [--nvcc]
+    python -m benchmarks.cuda_gates [--nvcc] [--all]
 
 Needs no GPU: NVRTC and nvdisasm are packages of PyPI. The table goes into docs/cuda.md; the limits
 and the expected instructions are held by tests/cuda/test_gates.py.
@@ -11,11 +11,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.cuda_launches import launches
+from benchmarks.cuda_launches import FORMATS, launches
 from tinyllm.ops import cuda_build
 from tinyllm.ops.launch import Launch
 
@@ -141,35 +140,38 @@ def _by_entry(log: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def table(compiler: cuda_build.Compiler) -> list[str]:
-    """Return a table in Markdown: a line per kernel, registers per thread by architecture."""
+def table(compiler: cuda_build.Compiler, recorded: Iterable[Launch]) -> Iterator[str]:
+    """Yield a table in Markdown: a line per kernel, registers per thread by architecture."""
     names = cuda_build.ARCHITECTURES
     head = ["kernel", "macros", *names, "shared KiB", "spills", "instructions"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for program, entries in programs(launches()).items():
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for program, entries in programs(recorded).items():
         by_card = {name: inspect(compiler, program, name) for name in names}
-        for entry, recorded in entries.items():
+        for entry, of_entry in entries.items():
             kernels = [by_card[name][entry] for name in names]
-            shared = max(launch.shared_bytes for launch in recorded)
+            shared = max(launch.shared_bytes for launch in of_entry)
             shared += max(kernel.static_shared_bytes for kernel in kernels)
             found = kernels[1].instructions
             cells = [
-                *(f"`{entry}`", " ".join(program[1])),
+                *(f"`{entry}`", " ".join(define.removeprefix("FORMAT=") for define in program[1])),
                 *(str(kernel.registers) for kernel in kernels),
                 *(f"{shared / KIB:.1f}", str(sum(kernel.spill_bytes for kernel in kernels))),
                 ", ".join(f"{n} {kind}" for kind, n in found.items()) or "-",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            yield f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
-    """Print the table; fail where a kernel does not fit a card."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--nvcc", action="store_true", help="compile by nvcc instead of NVRTC")
-    compiler = cuda_build.nvcc() if parser.parse_args().nvcc else cuda_build.nvrtc()
+    parser.add_argument("--all", action="store_true", help="fp16 and fp32, too")
+    options = parser.parse_args()
+    compiler = cuda_build.nvcc() if options.nvcc else cuda_build.nvrtc()
     print(f"{compiler.name}; registers per thread; instructions of sm_86\n")
-    print("\n".join(table(compiler)))
+    for line in table(compiler, launches(FORMATS if options.all else FORMATS[:1])):
+        print(line, flush=True)
     return 0
 
 

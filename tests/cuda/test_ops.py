@@ -4,10 +4,19 @@ import emulator
 import pytest
 import torch
 
-from tinyllm.ops import cuda, cuda_driver, cuda_int8, cuda_norm_op, reference
+from tinyllm.ops import (
+    cuda,
+    cuda_block_op,
+    cuda_driver,
+    cuda_int8,
+    cuda_norm_op,
+    reference,
+    registry,
+)
+from tinyllm.ops.adamw8bit import Moments, Rates, reference_step
 from tinyllm.ops.attention import attention
+from tinyllm.ops.block import decode_attention, rms_norm, rope, swiglu
 from tinyllm.ops.linear import linear_w8a8, quantize_per_row
-from tinyllm.ops.norm import rms_norm
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +109,79 @@ def test_rows_at_odd_addresses_are_copied():
     assert torch.equal(quantize_per_row(x)[0], reference.quantize_per_row(x)[0])
 
 
+def angles(t, half):
+    angle = torch.rand(t, half)
+    return angle.cos(), angle.sin()
+
+
+def test_rope_and_its_gradient():
+    q, k = (torch.randn(2, 3, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (4, 2))
+    tables = angles(3, 8)
+
+    def both(run):
+        return lambda q, k: torch.cat([x.flatten() for x in run(q, k, *tables)])
+
+    doubles = [x.detach().double().requires_grad_() for x in (q, k)]
+    plain = gradients(both(reference.rope), (q, k))
+
+    def in_fp64(q, k):  # the reference would round to fp32
+        turned = [
+            torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+            for a, b in (x.chunk(2, -1) for x in (q, k))
+        ]
+        return torch.cat([x.flatten() for x in turned])
+
+    cos, sin = (x.double()[:, None] for x in tables)
+    assert_close(gradients(both(rope), (q, k)), gradients(in_fp64, doubles), plain, times=2)
+    per_row = [x.expand(2, 3, 8) for x in tables]
+    assert torch.equal(rope(q, k, *per_row)[0], rope(q, k, *tables)[0])
+
+
+def test_swiglu_and_its_gradient():
+    inputs = [torch.randn(2, 3, 24, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    exact, plain = gradients(reference.swiglu, doubles), gradients(reference.swiglu, inputs)
+    assert_close(gradients(swiglu, inputs), exact, plain, times=2)
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_one_token_over_a_cache(window):
+    q, k, v = (
+        torch.randn(2, n, *s).bfloat16() for n, s in ((4, (32,)), (2, (50, 32)), (2, (50, 32)))
+    )
+    lengths = torch.tensor([7, 50])
+    arguments = {"window": window, "scale": 0.2}
+    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths, window, 0.2)
+    plain = reference.decode_attention(q, k, v, lengths, window, 0.2)
+    assert_close([decode_attention(q, k, v, lengths, **arguments)], [exact], [plain], times=2)
+
+
+def test_cross_entropy_through_the_registry():
+    logits, targets = torch.randn(5, 40).bfloat16(), torch.tensor([3, -100, 39, 0, 7])
+    loss, gradient = registry.select("cross_entropy", logits).function(logits, targets)
+    exact = reference.cross_entropy(logits.double(), targets)
+    plain = reference.cross_entropy(logits, targets)
+    assert_close((loss, gradient), exact, plain, times=2)
+
+
+def test_adamw8bit_through_the_registry_has_the_bits_of_the_reference():
+    p, g = torch.randn(300), torch.randn(300)
+    rates = Rates(beta1=0.9, beta2=0.95, rate=0.1, inverse2=2.0, eps=1e-8, decay=0.99)
+
+    def after(step):
+        weight = p.clone()
+        codes = torch.zeros(2, 304, dtype=torch.uint8)[:, :300]  # rows begin at multiples of 16
+        scales = torch.zeros(2, 2)
+        moments = Moments(m=codes[0], v=codes[1], m_scale=scales[0], v_scale=scales[1])
+        for _ in range(2):
+            step(weight, g, moments, rates)
+        return weight, codes, scales
+
+    ours = after(registry.select("adamw8bit", p).function)
+    for one, other in zip(ours, after(reference_step), strict=True):
+        assert torch.equal(one, other)
+
+
 def packed_weight():
     q, scale = reference.quantize_per_row(torch.randn(40, 48))
     weight = cuda_int8.pack(q, scale)
@@ -116,6 +198,25 @@ OPERATORS = {
     "rms_norm": lambda: (
         cuda_norm_op.rms_norm_rows,
         (torch.randn(3, 24, requires_grad=True), None, torch.rand(24, requires_grad=True), 1e-5),
+    ),
+    "rope": lambda: (
+        cuda_block_op.rope_rows,
+        (torch.randn(6, 4, 16, requires_grad=True), torch.randn(6, 2, 16), *angles(3, 8), False),
+    ),
+    "swiglu": lambda: (
+        cuda_block_op.swiglu_rows,
+        tuple(torch.randn(3, 24, requires_grad=True) for _ in range(2)),
+    ),
+    "decode_attention": lambda: (
+        cuda_block_op.decode_attention,
+        (
+            *(torch.randn(1, 4, 32).to(BF16), *torch.randn(2, 1, 2, 50, 32).to(BF16)),
+            *(torch.tensor([9]), 0, 0.2),
+        ),
+    ),
+    "cross_entropy": lambda: (
+        cuda.cross_entropy,
+        (torch.randn(3, 40).to(BF16), torch.tensor([1, 2, 39])),
     ),
     "rms_norm with residual": lambda: (
         cuda_norm_op.rms_norm_rows,

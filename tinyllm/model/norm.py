@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.ops import reference
-from tinyllm.ops.norm import rms_norm
+from tinyllm.ops.block import rms_norm
 
 
 class RMSNorm(nn.Module):

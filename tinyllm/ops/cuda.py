@@ -10,7 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tinyllm.ops import cuda_attention, cuda_driver, cuda_int8
+from tinyllm.ops import (
+    cuda_adamw8bit,
+    cuda_attention,
+    cuda_cross_entropy,
+    cuda_driver,
+    cuda_int8,
+)
+from tinyllm.ops.adamw8bit import Moments, Rates
 from tinyllm.ops.attention_op import as_operator
 from tinyllm.ops.cuda_rows import FORMATS, VECTOR_BYTES, format_define
 from tinyllm.ops.flash import AttentionSizes
@@ -149,6 +156,39 @@ def _linear_int8_fake(
 ) -> Tensor:
     """Tell the compiler the shape of the result."""
     return x.new_empty((x.shape[0], n_outputs))
+
+
+def refuses_cross_entropy(logits_NV: Tensor) -> str | None:
+    """Return why the kernel cannot serve such logits, None if it can; compiles it."""
+    device = logits_NV.device
+    if reason := cuda_cross_entropy.refuses(logits_NV) or cuda_driver.obstacle(device):
+        return reason
+    return cuda_driver.refuses(device, cuda_cross_entropy.SOURCE, format_define(logits_NV.dtype))
+
+
+@torch.library.custom_op("tinyllm::cuda_cross_entropy", mutates_args=())
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `reference.cross_entropy` does; a target of V or more makes its loss NaN."""
+    return cuda_cross_entropy.cross_entropy(run, aligned(logits_NV), targets_N.contiguous())
+
+
+@cross_entropy.register_fake
+def _cross_entropy_fake(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell the compiler the shapes of the results."""
+    loss = logits.new_empty(targets.shape, dtype=torch.float32)
+    return loss, logits.new_empty(logits.shape)
+
+
+def refuses_adamw8bit(p: Tensor) -> str | None:
+    """Return why the kernel cannot serve a parameter, None if it can; compiles it."""
+    if reason := cuda_adamw8bit.refuses(p) or cuda_driver.obstacle(p.device):
+        return reason
+    return cuda_driver.refuses(p.device, cuda_adamw8bit.SOURCE)
+
+
+def adamw8bit_step(p: Tensor, g: Tensor, moments: Moments, rates: Rates) -> None:
+    """Do what `adamw8bit.reference_step` does, equal in every bit."""
+    cuda_adamw8bit.step(run, p, g, moments, rates)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from tinyllm.ops import (
     cpu,
     cross_entropy,
     cuda,
+    cuda_block_op,
     cuda_build,
     cuda_driver,
     cuda_norm_op,
@@ -94,21 +95,38 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
         Implementation(backend="reference", function=decode.no_decode_block, refuses=_takes_all),
     ),
     "adamw8bit": (
+        Implementation(
+            backend="cuda", function=cuda.adamw8bit_step, refuses=cuda.refuses_adamw8bit
+        ),
         Implementation(backend="cpu", function=adamw8bit.step, refuses=adamw8bit.refuses),
         Implementation(backend="reference", function=adamw8bit.reference_step, refuses=_takes_all),
     ),
     "cross_entropy": (
         Implementation(
+            backend="cuda", function=cuda.cross_entropy, refuses=cuda.refuses_cross_entropy
+        ),
+        Implementation(
             backend="cpu", function=cross_entropy.cross_entropy, refuses=cross_entropy.refuses
         ),
         Implementation(backend="reference", function=reference.cross_entropy, refuses=_takes_all),
     ),
-    "rms_norm": (
-        Implementation(
-            backend="cuda", function=cuda_norm_op.rms_norm, refuses=cuda_norm_op.refuses
-        ),
-        Implementation(backend="reference", function=reference.rms_norm, refuses=_takes_all),
-    ),
+    **{
+        name: (
+            Implementation(backend="cuda", function=ours, refuses=refuses),
+            Implementation(backend="reference", function=plain, refuses=_takes_all),
+        )
+        for name, ours, refuses, plain in (
+            ("rms_norm", cuda_norm_op.rms_norm, cuda_norm_op.refuses, reference.rms_norm),
+            ("rope", cuda_block_op.rope, cuda_block_op.refuses_rope, reference.rope),
+            ("swiglu", cuda_block_op.swiglu, cuda_block_op.refuses_swiglu, reference.swiglu),
+            (
+                "decode_attention",
+                cuda_block_op.decode_attention,
+                cuda_block_op.refuses_decode,
+                reference.decode_attention,
+            ),
+        )
+    },
     "attention": (
         Implementation(backend="cuda", function=cuda.attention, refuses=cuda.refuses_attention),
         Implementation(backend="cpu", function=flash.attention, refuses=flash.refuses),
