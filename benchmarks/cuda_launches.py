@@ -48,7 +48,7 @@ def launches(
 
 
 def _attention(run: Run, dtype: torch.dtype, width: int, value_width: int) -> None:
-    """Forward and backward of a head."""
+    """Run a head forward and backward."""
 
     def heads(width: int) -> Tensor:
         return torch.zeros(1, 1, ROWS, width, dtype=dtype)
@@ -95,13 +95,13 @@ def _pointwise(run: Run, dtype: torch.dtype) -> None:
 
 
 def _cross_entropy(run: Run, dtype: torch.dtype) -> None:
-    """The largest row of logits that a block holds."""
+    """Take the largest row of logits that a block holds."""
     logits = torch.zeros(1, 1024 * 64 // dtype.itemsize, dtype=dtype)
     cuda_cross_entropy.cross_entropy(run, logits, torch.zeros(1, dtype=torch.int64))
 
 
 def _adamw8bit(run: Run) -> None:
-    """A step."""
+    """Make a step."""
     p, codes, scales = torch.zeros(512), torch.zeros(512, dtype=torch.uint8), torch.zeros(2)
     moments = Moments(m=codes, v=codes, m_scale=scales, v_scale=scales)
     rates = Rates(beta1=0.9, beta2=0.95, rate=0.1, inverse2=1.0, eps=1e-8, decay=1.0)
