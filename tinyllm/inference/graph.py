@@ -1,8 +1,8 @@
 """One token through the model with fixed shapes and addresses, so that a card can replay it.
 
 A small model decodes at the speed of its launches, some hundreds per token: a CUDA graph makes
-them one. Attention looks at all positions that the cache has room for, behind a mask; elsewhere than
-on CUDA the same step runs without a graph, which is what tests compare. One sequence at a time.
+them one. Attention looks at all positions that the cache has room for, behind a mask. Elsewhere the
+same step runs without a graph, which is what tests compare. One sequence at a time.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class DecodeStep:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Return the step as a graph that writes `_logits`."""
-        beside = torch.cuda.Stream()
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(WARM_UP):

@@ -14,7 +14,7 @@ from tinyllm.model.norm import RMSNorm
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.ops import reference
 from tinyllm.ops.attention import attention
-from tinyllm.ops.block import rope
+from tinyllm.ops.block import is_alone, rope
 
 
 class LayerCache(Protocol):
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.d_head))
         v = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
         if self.rotates:
-            turn = rope if x_BTD.is_cuda else reference.rope  # as in RMSNorm
+            turn = rope if is_alone(x_BTD) else reference.rope
             q, k = turn(q, k, cos, sin)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.ops import reference
-from tinyllm.ops.block import swiglu
+from tinyllm.ops.block import is_alone, swiglu
 
 
 class SwiGLU(nn.Module):
@@ -19,7 +19,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the transformed x: any shape (..., D), kept."""
-        multiply = swiglu if x.is_cuda else reference.swiglu  # as in RMSNorm
+        multiply = swiglu if is_alone(x) else reference.swiglu
         out: Tensor = self.down_proj(multiply(self.gate_proj(x), self.up_proj(x)))
         return out
 

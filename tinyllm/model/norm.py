@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.ops import reference
-from tinyllm.ops.block import rms_norm
+from tinyllm.ops.block import is_alone, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -28,8 +28,7 @@ class RMSNorm(nn.Module):
         """Return x normalised over its last dimension: any shape (..., d), dtype kept."""
         if self.fp16_safe:
             return fp16_safe_rms_norm(x, self.weight, self.eps)
-        # Exported graphs are made on the CPU, and must hold torch's operators alone.
-        normed = rms_norm if x.is_cuda else reference.rms_norm
+        normed = rms_norm if is_alone(x) else reference.rms_norm
         return normed(x, self.weight, self.eps)
 
 

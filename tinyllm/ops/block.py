@@ -9,6 +9,15 @@ from torch import Tensor
 from tinyllm.ops.registry import function_of, select
 
 
+def is_alone(x: Tensor) -> bool:
+    """Whether a layer's own kernel pays for x: on a card, in eager code.
+
+    The compiler fuses such a layer with its neighbours; and graphs that are exported, which happens
+    on the CPU, must hold torch's operators alone.
+    """
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Return x normalised over its last dimension, (..., D); `reference.rms_norm` defines it."""
     backend = _backend("rms_norm", str(x.device), x.dtype, x.shape[-1])

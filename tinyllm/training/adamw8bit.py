@@ -59,8 +59,9 @@ def _empty_state(p: Tensor) -> dict[str, Any]:
     if p.numel() < SMALLEST_8BIT:
         return {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
     blocks = -(-p.numel() // BLOCK)
-    of_codes = {"dtype": torch.uint8, "device": p.device}
-    codes = {name: torch.zeros(p.numel(), **of_codes) for name in ("m", "v")}
+    codes = {
+        name: torch.zeros(p.numel(), dtype=torch.uint8, device=p.device) for name in ("m", "v")
+    }
     scales = {name: torch.zeros(blocks, device=p.device) for name in ("m_scale", "v_scale")}
     return {"step": 0, **codes, **scales}
 
