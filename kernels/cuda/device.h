@@ -29,7 +29,7 @@ namespace tinyllm {
 
 constexpr int kLanes = 32;
 constexpr u32 kAllLanes = ~0u;
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 
 // 16 bytes of numbers, moved at once.
 template <class T>
