@@ -52,6 +52,15 @@ def test_backward(shape, dtype, seed):
         no_worse(one, other, exact, times=3)
 
 
+@seeds
+def test_small_numbers(seed):
+    """Beside whose squares eps counts."""
+    x, residual, _, _, weight = inputs((3, 64), torch.bfloat16)
+    _, total, inverse = cuda_norm.forward(runner(seed), x / 1024, residual / 1024, weight, EPS)
+    mean = total.double().square().mean(1)
+    torch.testing.assert_close(inverse.double(), (mean + EPS).rsqrt(), rtol=1e-6, atol=0)
+
+
 def test_without_a_residual_the_input_is_the_sum():
     x, residual, dy, _, weight = inputs((3, 64), torch.bfloat16)
     y, total, inverse = cuda_norm.forward(runner(0), x, None, weight, EPS)
@@ -65,10 +74,13 @@ def test_without_a_residual_the_input_is_the_sum():
     assert torch.equal(dweight, same)
 
 
-def test_more_rows_than_teams():
-    _, total, dy, dsum, weight = inputs((1500, 8), torch.bfloat16)
+@seeds
+@pytest.mark.parametrize(("shape", "warps"), [((23, 8), 12), ((7, 2504), 3)])
+def test_more_rows_than_teams(shape, warps, seed, monkeypatch):
+    monkeypatch.setattr(cuda_norm, "WARPS", warps)
+    _, total, dy, dsum, weight = inputs(shape, torch.bfloat16)
     inverse = (total.double().square().mean(1) + EPS).rsqrt().float()
-    ours = cuda_norm.backward(runner(0), dy, total, inverse, weight, dsum)
+    ours = cuda_norm.backward(runner(seed), dy, total, inverse, weight, dsum)
     truth = gradients(*(each.double() for each in (total, weight, dy, dsum)))
     theirs = gradients(total, weight.bfloat16(), dy, dsum)
     for one, other, exact in zip(ours, theirs, truth, strict=True):
