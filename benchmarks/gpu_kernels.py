@@ -73,7 +73,7 @@ def attention(
     with torch.no_grad():
         alone = in_turns(forward, rounds)
     whole = in_turns({name: both(forward[name]) for name in alone}, rounds)
-    back = {name: round(ms - alone[name], 5) for name, ms in whole.items()}
+    back = {name: max(round(ms - alone[name], 5), 1e-5) for name, ms in whole.items()}
     return [
         {"kernel": "attention forward", **row, "flops": flops, "ms": alone},
         {"kernel": "attention backward", **row, "flops": 5 * flops // 2, "ms": back},

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tinyllm.ops import cuda_build, cuda_driver
+from tinyllm.ops import cuda_build, cuda_driver, registry
 from tinyllm.ops.launch import Launch
 
 SOURCE = """struct Arguments { float* x; long long n; };
@@ -133,3 +133,18 @@ def test_without_a_card_nothing_is_compiled(monkeypatch, device, reason):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(cuda_build, "compiler", pytest.fail)
     assert reason in cuda_driver.refuses(torch.device(device), "add.cu")
+
+
+def test_doctor_tells_what_runs_on_the_card(card, monkeypatch):
+    monkeypatch.delenv("TINYLLM_KERNELS", raising=False)
+    rows = {row.operation: row for row in registry.describe()}
+    row = rows["attention on the GPU"]
+    assert row.backend == "cuda"
+    assert row.why == f"CUDA C++ for sm_86, compiled by {cuda_build.compiler().name}"
+    assert rows["decode_block on the GPU"].why == "no CUDA kernel of ours"
+
+
+def test_doctor_tells_why_nothing_does(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (row,) = [row for row in registry.describe() if row.operation == "on a GPU"]
+    assert (row.backend, row.why) == ("none", "torch sees no CUDA device")

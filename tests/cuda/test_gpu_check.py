@@ -37,7 +37,7 @@ def measured(monkeypatch):
 def test_every_measurement_can_be_made_and_shown(measured):
     result = json.loads(json.dumps(measured))
     for row in result["kernels"]:
-        assert row["ms"]["ours"] > 0 or "backward" in row["kernel"]
+        assert row["ms"]["ours"] > 0
     text = perf_table.page([result])
     assert "## RTX 3060" not in text
     assert text.count("not measured") == 4

@@ -19,15 +19,19 @@ from tinyllm.ops.block import decode_attention, rms_norm, rope, swiglu
 from tinyllm.ops.linear import linear_w8a8, quantize_per_row
 
 
-@pytest.fixture(autouse=True)
-def _card(monkeypatch):
-    """Let the emulator run what goes to the card's driver, and force the backend."""
+@pytest.fixture(autouse=True, params=["emulator", pytest.param("card", marks=pytest.mark.gpu)])
+def _device(request, monkeypatch):
+    """Force the backend; without a card the emulator runs what goes to its driver."""
     torch.compiler.reset()
-    monkeypatch.setattr(cuda_driver, "run", emulator.run)
-    for name in ("refuses", "obstacle"):
-        monkeypatch.setattr(cuda_driver, name, lambda *_: None)
     monkeypatch.setenv("TINYLLM_KERNELS", "cuda")
-    yield
+    if request.param == "emulator":
+        monkeypatch.setattr(cuda_driver, "run", emulator.run)
+        for name in ("refuses", "obstacle"):
+            monkeypatch.setattr(cuda_driver, name, lambda *_: None)
+        yield
+    else:
+        with torch.device("cuda"):
+            yield
     torch.compiler.reset()
 
 
