@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.cuda_launches import FORMATS, launches
 from tinyllm.ops import cuda_build
 from tinyllm.ops.launch import Launch
@@ -140,26 +142,38 @@ def _by_entry(log: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def table(compiler: cuda_build.Compiler, recorded: Iterable[Launch]) -> Iterator[str]:
+def table(compiler: cuda_build.Compiler, formats: Sequence[torch.dtype]) -> Iterator[str]:
     """Yield a table in Markdown: a line per kernel, registers per thread by architecture."""
     names = cuda_build.ARCHITECTURES
     head = ["kernel", "macros", *names, "shared KiB", "spills", "instructions"]
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
-    for program, entries in programs(recorded).items():
-        by_card = {name: inspect(compiler, program, name) for name in names}
-        for entry, of_entry in entries.items():
-            kernels = [by_card[name][entry] for name in names]
-            shared = max(launch.shared_bytes for launch in of_entry)
-            shared += max(kernel.static_shared_bytes for kernel in kernels)
-            found = kernels[1].instructions
-            cells = [
-                *(f"`{entry}`", " ".join(define.removeprefix("FORMAT=") for define in program[1])),
-                *(str(kernel.registers) for kernel in kernels),
-                *(f"{shared / KIB:.1f}", str(sum(kernel.spill_bytes for kernel in kernels))),
-                ", ".join(f"{n} {kind}" for kind, n in found.items()) or "-",
-            ]
-            yield f"| {' | '.join(cells)} |"
+    by_card = {name: programs(launches(name, formats)) for name in names}
+    for program in dict.fromkeys(program for found in by_card.values() for program in found):
+        cards = [name for name in names if program in by_card[name]]
+        kernels = {name: inspect(compiler, program, name) for name in cards}
+        for entry, recorded in by_card[cards[0]][program].items():
+            of_card = {name: kernels[name][entry] for name in cards}
+            yield _line(entry, program, recorded, of_card)
+
+
+def _line(
+    entry: str, program: Program, recorded: Sequence[Launch], of_card: Mapping[str, Kernel]
+) -> str:
+    """Return the line of a kernel; `of_card`: by those architectures that use the program."""
+    first = next(iter(of_card.values()))
+    shared = max(launch.shared_bytes for launch in recorded) + first.static_shared_bytes
+    registers = (
+        str(of_card[name].registers) if name in of_card else "-"
+        for name in cuda_build.ARCHITECTURES
+    )
+    cells = [
+        *(f"`{entry}`", " ".join(define.removeprefix("FORMAT=") for define in program[1])),
+        *registers,
+        *(f"{shared / KIB:.1f}", str(sum(kernel.spill_bytes for kernel in of_card.values()))),
+        ", ".join(f"{n} {kind}" for kind, n in first.instructions.items()) or "-",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
@@ -169,8 +183,8 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="fp16 and fp32, too")
     options = parser.parse_args()
     compiler = cuda_build.nvcc() if options.nvcc else cuda_build.nvrtc()
-    print(f"{compiler.name}; registers per thread; instructions of sm_86\n")
-    for line in table(compiler, launches(FORMATS if options.all else FORMATS[:1])):
+    print(f"{compiler.name}; registers per thread; instructions of the first card\n")
+    for line in table(compiler, FORMATS if options.all else FORMATS[:1]):
         print(line, flush=True)
     return 0
 

@@ -4,6 +4,7 @@ Nothing is repeated by hand: programs, blocks and shared memory are what the hos
 """
 
 from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,9 +30,22 @@ Run = Callable[[Launch], object]
 
 
 def launches(
-    formats: Sequence[torch.dtype] = FORMATS, heads: Sequence[tuple[int, int]] = HEADS
+    architecture: str,
+    formats: Sequence[torch.dtype] = FORMATS,
+    heads: Sequence[tuple[int, int]] = HEADS,
 ) -> list[Launch]:
-    """Return every launch; sizes are those of real layers but for the number of rows."""
+    """Return every launch on a kind of card, such as "sm_86".
+
+    Sizes are those of real layers but for the number of rows.
+    """
+    major, minor = int(architecture[3:-1]), int(architecture[-1])
+    roomy = (major, minor) in cuda_attention.ROOMY
+    with patch.object(cuda_attention, "is_roomy", lambda device: roomy):  # no card to be asked
+        return _record(formats, heads)
+
+
+def _record(formats: Sequence[torch.dtype], heads: Sequence[tuple[int, int]]) -> list[Launch]:
+    """Return what every host side wants to launch."""
     recorded: list[Launch] = []
     for dtype in formats:
         for widths in heads:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks import cuda_gates
-from benchmarks.cuda_launches import FORMATS, HEADS, launches
+from benchmarks.cuda_launches import FORMATS, launches
 from tinyllm.ops import cuda_build
 from tinyllm.ops.build import BuildError
 
@@ -44,9 +44,9 @@ def faults_of(compiler, recorded, architecture):
         kernels = cuda_gates.inspect(compiler, program, architecture)
         for entry, of_entry in entries.items():
             wrong = cuda_gates.faults(kernels[entry], of_entry, architecture)
-            wrong += [
-                f"no {kind}" for kind in MEANT[entry] if not kernels[entry].instructions.get(kind)
-            ]
+            # of a cache in INT8 a lane reads 8 bytes, as many numbers as 16 bytes of bf16
+            meant = MEANT[entry] - ({"LDG.128"} if "CACHE=i8" in program[1] else set())
+            wrong += [f"no {kind}" for kind in meant if not kernels[entry].instructions.get(kind)]
             if wrong:
                 found[entry, program[1]] = wrong
     return found
@@ -54,7 +54,7 @@ def faults_of(compiler, recorded, architecture):
 
 @pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
 def test_every_kernel_fits_every_card(architecture):
-    recorded = launches(FORMATS[:1], SHIPPED)
+    recorded = launches(architecture, FORMATS[:1], SHIPPED)
     assert faults_of(cuda_build.nvrtc(), recorded, architecture) == {}
 
 
@@ -66,7 +66,7 @@ def test_every_format_and_width_fits_every_card(name, architecture):
         compiler = getattr(cuda_build, name)()
     except BuildError as error:
         pytest.skip(str(error))
-    assert faults_of(compiler, launches(FORMATS, HEADS), architecture) == {}
+    assert faults_of(compiler, launches(architecture), architecture) == {}
 
 
 def test_no_kernel_is_left_out():
@@ -75,7 +75,7 @@ def test_no_kernel_is_left_out():
         for source in cuda_build.sources()
         for name in re.findall(r"^KERNEL\((\w+),", (cuda_build.SOURCES / source).read_text(), re.M)
     }
-    recorded = launches(FORMATS[:1], SHIPPED)
+    recorded = launches("sm_86", FORMATS[:1], SHIPPED)
     assert {launch.entry for launch in recorded} == written == set(MEANT)
     assert {launch.source for launch in recorded} == set(cuda_build.sources())
 
@@ -106,7 +106,7 @@ def test_a_kernel_that_spills_is_caught(monkeypatch, tmp_path):
     ("architecture", "fits"), [("sm_80", True), ("sm_86", False), ("sm_90", True)]
 )
 def test_shared_memory_is_held_to_the_card(architecture, fits):
-    (launch, *_) = launches(FORMATS[:1], SHIPPED)
+    (launch, *_) = launches("sm_86", FORMATS[:1], SHIPPED)
     greedy = type(launch)(
         **{name: getattr(launch, name) for name in ("source", "entry", "grid", "block")},
         shared_bytes=100 * 1024,

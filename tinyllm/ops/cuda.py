@@ -34,7 +34,8 @@ def refuses_attention(sizes: AttentionSizes) -> str | None:
     heads = (sizes.dtype, sizes.width, sizes.value_width)
     if reason := cuda_attention.refuses(*heads) or cuda_driver.obstacle(sizes.device):
         return reason
-    for entry, defines in cuda_attention.programs(*heads).items():
+    roomy = cuda_attention.is_roomy(sizes.device)
+    for entry, defines in cuda_attention.programs(*heads, roomy=roomy).items():
         if reason := cuda_driver.refuses(sizes.device, f"{entry}.cu", defines):
             return reason
     return None

@@ -146,7 +146,7 @@ def _tiles(entry: str, width: int, value_width: int, roomy: bool) -> tuple[int, 
     return wide_if_roomy if roomy else wide
 
 
-def _is_roomy(device: torch.device) -> bool:
+def is_roomy(device: torch.device) -> bool:
     """Return whether the card is one of ROOMY."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in ROOMY
 
@@ -154,7 +154,7 @@ def _is_roomy(device: torch.device) -> bool:
 def _launch(entry: str, q: Tensor, v: Tensor, problem: _Attention, owner: Tensor) -> Launch:
     """Return the launch of a kernel whose blocks each own some rows of `owner`."""
     width, value_width = q.shape[-1], v.shape[-1]
-    roomy = _is_roomy(q.device)
+    roomy = is_roomy(q.device)
     row_tiles, columns = _tiles(entry, width, value_width, roomy)
     rows = WARPS * 16 * row_tiles
     shared = (width + value_width) * 2 * (2 * columns)  # two halves of what passes by
