@@ -7,15 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tinyllm.ops.adamw8bit import (
-    BLOCK,
-    BUCKETS,
-    Moments,
-    Rates,
-    dynamic_code,
-    first_codes,
-    middles,
-)
+from tinyllm.ops.adamw8bit import BLOCK, Moments, Rates, dynamic_code, middles
 from tinyllm.ops.cuda_rows import Run, check_pointers
 from tinyllm.ops.launch import Launch
 
@@ -24,6 +16,8 @@ WARPS = 8
 """Of a block of threads; each takes a block of numbers at a time."""
 MOST_BLOCKS = 1024
 """Of threads: each copies the tables once, and takes several blocks of numbers if need be."""
+LOWEST_EXPONENT, BUCKETS = 127 - 26, 27 * 256
+"""As in the source."""
 TABLE_BYTES = 2 * 256 * 4 + 2 * 256 * 4 + 3 * BUCKETS
 
 
@@ -82,3 +76,13 @@ def _tables(device: torch.device) -> Tensor:
     tables = torch.cat([*(x.view(torch.uint8) for x in floats), *first])
     assert tables.numel() == TABLE_BYTES
     return tables.to(device)
+
+
+def first_codes(*, signed: bool) -> Tensor:
+    """Return, per bucket of floats with equal upper bits, the first code that can be nearest."""
+    bits = (torch.arange(BUCKETS + 1, dtype=torch.int32) + (LOWEST_EXPONENT << 8)) << 15
+    edge = bits.view(torch.float32).clone()
+    edge[0] = 0.0
+    below_next = torch.nextafter(edge[1:], torch.tensor(0.0))
+    least = torch.cat((edge[:-1], -below_next))  # of each bucket, positive ones first
+    return torch.searchsorted(middles(signed=signed), least).to(torch.uint8)
