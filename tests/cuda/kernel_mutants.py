@@ -130,7 +130,7 @@ DECODE = _of(
 )
 DECODE_INT8 = _of(
     "decode_attention.cu",
-    ("no scale of keys", "k_scale ? sum * k_scale[keys.first + index] : sum", "sum"),
+    ("no scale of keys", "k_scale ? sums[i] * k_scale[keys.first + index] : sums[i]", "sums[i]"),
     ("no scale of values", "v_scale ? weight * v_scale[keys.first + i] : weight", "weight"),
     ("scales from the start", "v_scale[keys.first + i]", "v_scale[i]"),
 )
