@@ -79,16 +79,21 @@ __device__ __forceinline__ void score(const CACHE* k, const float* k_scale, Keys
     for (int h = 0; h < n_heads; h++) {
       const Vector<float> low = load_16(queries + h * WIDTH + part * kSize);
       const Vector<float> high = load_16(queries + h * WIDTH + part * kSize + 4);
+      float sums[kTurn] = {};
+#pragma unroll
+      for (int i = 0; i < kTurn; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          sums[i] += low.at[e] * key[i].at[e] + high.at[e] * key[i].at[e + 4];
+#pragma unroll
+      for (int bits = kParts / 2; bits; bits /= 2)
+#pragma unroll
+        for (int i = 0; i < kTurn; i++) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], bits);
 #pragma unroll
       for (int i = 0; i < kTurn; i++) {
-        float sum = 0;
-#pragma unroll
-        for (int e = 0; e < 4; e++) sum += low.at[e] * key[i].at[e] + high.at[e] * key[i].at[e + 4];
-#pragma unroll
-        for (int bits = kParts / 2; bits; bits /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bits);
         const int index = key_index(base, i);
         if (part == 0 && index < keys.n)
-          scores[h * kMaxChunk + index] = k_scale ? sum * k_scale[keys.first + index] : sum;
+          scores[h * kMaxChunk + index] = k_scale ? sums[i] * k_scale[keys.first + index] : sums[i];
       }
     }
   }

@@ -6,6 +6,7 @@
 // block makes 128 x 128 numbers of y with 8 warps, each 64 rows x 32 outputs (one panel), in steps of
 // 64 inputs; three stages of shared memory, two being filled while one is used.
 #include "int8_weight.h"
+#include "rows.h"
 
 namespace tinyllm {
 
@@ -28,23 +29,35 @@ __device__ __forceinline__ int place(int row, int column) {
   return row * kStep + ((column ^ (row / 2 % 4)) * 16);
 }
 
-// Starts the copies of a stage: 512 pieces of 16 bytes of rows, then as many of weights.
-__device__ __forceinline__ void fill(const LinearW8a8& p, i8* stage, int step) {
-  const i64 stride = static_cast<i64>(p.weight.tiles) * kTile;
+// What a thread copies of each stage: 16 bytes of two rows and of two panels.
+struct Feed {
+  const i8 *rows[2], *panels[2];
+  int to;  // in the stage, of the first row
+};
+
+__device__ __forceinline__ Feed feed_of(const LinearW8a8& p) {
+  const int row = threadIdx.x / 4, column = threadIdx.x % 4;
+  const int panel = threadIdx.x / (2 * kTileBytes / 16), piece = threadIdx.x % (2 * kTileBytes / 16);
+  Feed feed;
+  feed.to = place(row, column);
 #pragma unroll
-  for (int i = threadIdx.x; i < kRowBytes / 16; i += kThreads) {
-    const int row = i / 4, column = i % 4;
-    const i64 source = static_cast<i64>(blockIdx.y) * kBlockRows + row;
-    const i8* from = p.q + source * stride + step * kStep + column * 16;
-    cp_async_16(stage + place(row, column), source < p.rows ? from : p.q, source < p.rows);
+  for (int i = 0; i < 2; i++) {  // beyond the last row or panel: the first; its sums are not stored
+    const i64 source = static_cast<i64>(blockIdx.y) * kBlockRows + row + i * kBlockRows / 2;
+    const i64 local = blockIdx.x * kBlockPanels + panel + i * kBlockPanels / 2;
+    feed.rows[i] = p.q + (source < p.rows ? source : 0) * p.weight.tiles * kTile + column * 16;
+    feed.panels[i] = p.weight.packed +
+                     (local < p.weight.panels ? local : 0) * p.weight.tiles * kTileBytes + piece * 16;
   }
+  return feed;
+}
+
+// Starts the copies of a stage. 64 rows on, the swizzle is the same.
+__device__ __forceinline__ void fill(const Feed& feed, i8* stage, int step) {
 #pragma unroll
-  for (int i = threadIdx.x; i < kWeightBytes / 16; i += kThreads) {
-    const int piece = i % (2 * kTileBytes / 16), local = i / (2 * kTileBytes / 16);
-    const int panel = blockIdx.x * kBlockPanels + local;
-    const bool exists = panel < p.weight.panels;
-    const i64 tile = static_cast<i64>(exists ? panel : 0) * p.weight.tiles + step * 2;
-    cp_async_16(stage + kRowBytes + i * 16, p.weight.packed + tile * kTileBytes + piece * 16, exists);
+  for (int i = 0; i < 2; i++) {
+    cp_async_16(stage + feed.to + i * kRowBytes / 2, feed.rows[i] + step * kStep, true);
+    i8* const to = stage + kRowBytes + i * kWeightBytes / 2 + threadIdx.x * 16;
+    cp_async_16(to, feed.panels[i] + static_cast<i64>(step) * 2 * kTileBytes, true);
   }
 }
 
@@ -73,7 +86,8 @@ __device__ __forceinline__ void multiply(int (&sums)[4][4][4], const i8* stage, 
 }
 
 // Eight neighbouring outputs of one row.
-__device__ __forceinline__ void store(const LinearW8a8& p, i64 row, int output, const int (&sums)[8]) {
+__device__ __forceinline__ void store(const LinearW8a8& p, i64 row, int output, const int (&sums)[8],
+                                      const float (&scales)[8]) {
   using Numbers = Vector<FORMAT>;
   const float scale = p.scale[row];
   FORMAT* const y = p.y + row * p.weight.outputs + output;
@@ -82,7 +96,7 @@ __device__ __forceinline__ void store(const LinearW8a8& p, i64 row, int output, 
   for (int i = 0; i < 8; i++) {
     const float product = __fmul_rn(static_cast<float>(sums[i]), scale);
     out[i / Numbers::kSize].at[i % Numbers::kSize] =
-        from_float<FORMAT>(__fmul_rn(product, p.weight.scale[output + i]));
+        from_float<FORMAT>(__fmul_rn(product, scales[i]));
   }
   if (p.weight.outputs % 8 == 0) {  // then every row begins at a multiple of 16 bytes
 #pragma unroll
@@ -99,22 +113,25 @@ KERNEL(linear_w8a8, LinearW8a8, p, kThreads) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int first_row = warp / kBlockPanels * 64, local_panel = warp % kBlockPanels;
   const int steps = p.weight.tiles / 2;
+  const Feed feed = feed_of(p);
   int sums[4][4][4] = {};
 #pragma unroll
   for (int i = 0; i < kStages - 1; i++) {
-    if (i < steps) fill(p, stages + i * kStageBytes, i);
+    if (i < steps) fill(feed, stages + i * kStageBytes, i);
     cp_async_commit();
   }
   for (int step = 0; step < steps; step++) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // this stage is there for all, and all are done with the one before it
     const int next = step + kStages - 1;
-    if (next < steps) fill(p, stages + next % kStages * kStageBytes, next);
+    if (next < steps) fill(feed, stages + next % kStages * kStageBytes, next);
     cp_async_commit();
     multiply(sums, stages + step % kStages * kStageBytes, first_row, local_panel);
   }
   const int output = (blockIdx.x * kBlockPanels + local_panel) * kPanel + lane % 4 * 8;
   if (output >= p.weight.outputs) return;
+  float scales[8];
+  load_floats(p.weight.scale + output, scales);
 #pragma unroll
   for (int m = 0; m < 4; m++)
 #pragma unroll
@@ -125,7 +142,7 @@ KERNEL(linear_w8a8, LinearW8a8, p, kThreads) {
       int eight[8];
 #pragma unroll
       for (int i = 0; i < 8; i++) eight[i] = sums[m][i / 2][below * 2 + i % 2];
-      store(p, row, output, eight);
+      store(p, row, output, eight, scales);
     }
 }
 

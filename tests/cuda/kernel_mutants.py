@@ -90,11 +90,11 @@ W8A8 = _of(
         "next % kStages * kStageBytes, next",
         "step % kStages * kStageBytes, next",
     ),
-    ("rows are stored unswizzled", "stage + place(row, column), source", "stage + i * 16, source"),
+    ("rows are stored unswizzled", "stage + feed.to + i", "stage + threadIdx.x * 16 + i"),
     ("no swizzle", "(column ^ (row / 2 % 4))", "column"),
     ("the wrong words", "{w.at[0], w.at[2]}", "{w.at[0], w.at[1]}"),
     ("the same inputs twice", "half_step * 2 + lane / 16", "half_step * 2"),
-    ("a neighbour's scale", "p.weight.scale[output + i]", "p.weight.scale[output]"),
+    ("a neighbour's scale", "(product, scales[i])", "(product, scales[i ^ 1])"),
     ("scales in another order", "const float scale = p.scale[row];", "const float scale = 1;"),
     ("rows below change places", "below * 2 + i % 2", "(1 - below) * 2 + i % 2"),
 )
@@ -130,7 +130,7 @@ DECODE = _of(
 )
 DECODE_INT8 = _of(
     "decode_attention.cu",
-    ("no scale of keys", "k_scale ? sum * k_scale[keys.first + index] : sum", "sum"),
+    ("no scale of keys", "k_scale ? sums[i] * k_scale[keys.first + index] : sums[i]", "sums[i]"),
     ("no scale of values", "v_scale ? weight * v_scale[keys.first + i] : weight", "weight"),
     ("scales from the start", "v_scale[keys.first + i]", "v_scale[i]"),
 )
