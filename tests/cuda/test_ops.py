@@ -137,6 +137,8 @@ def test_rope_and_its_gradient():
 
     cos, sin = (x.double()[:, None] for x in tables)
     assert_close(gradients(both(rope), (q, k)), gradients(in_fp64, doubles), plain, times=2)
+    low = [x.bfloat16() for x in tables]  # of a model that was cast as a whole
+    assert torch.equal(rope(q, k, *low)[0], rope(q, k, *(x.float() for x in low))[0])
     per_row = [x.expand(2, 3, 8) for x in tables]
     assert torch.equal(rope(q, k, *per_row)[0], rope(q, k, *tables)[0])
 

@@ -32,7 +32,7 @@ def _refuses_pointwise(x: Tensor, width: int) -> str | None:
 
 def rope(q_BTHK: Tensor, k_BTGK: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Do what `reference.rope` does."""
-    cos, sin = (x.reshape(-1, x.shape[-1]) for x in (cos, sin))
+    cos, sin = (x.reshape(-1, x.shape[-1]).float() for x in (cos, sin))
     q, k = rope_rows(q_BTHK.flatten(0, 1), k_BTGK.flatten(0, 1), cos, sin, False)
     return q.view(q_BTHK.shape), k.view(k_BTGK.shape)
 
