@@ -45,7 +45,7 @@ def obstacle(device: torch.device) -> str | None:
     """Return what stands against any kernel of ours on a device; never compiles or raises."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if device.index is None and not torch.cuda.is_available():  # a tensor would have an index
         return "torch sees no CUDA device"
     index = torch.cuda.current_device()
     return _card_obstacle(index) if device.index in (None, index) else "another card is current"
@@ -54,6 +54,8 @@ def obstacle(device: torch.device) -> str | None:
 @functools.cache
 def _card_obstacle(index: int) -> str | None:
     """Return what stands against a card, None if nothing does."""
+    if torch.version.cuda is None:
+        return "torch is not built for CUDA"
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST:
         return f"the card's compute capability is {capability[0]}.{capability[1]}, 8.0 is needed"
