@@ -57,7 +57,7 @@ __device__ __forceinline__ int place(int row, int chunk) {  // in numbers
 template <int kWidth, int kRows>
 __device__ __forceinline__ void stage(Number* tile, const Number* head, i64 token, int row, int n_tokens) {
   constexpr int kChunks = kWidth / 8;
-#pragma unroll
+#pragma unroll 1  // more costs registers
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int r = i / kChunks, c = i % kChunks;
     const bool is_real = row + r < n_tokens;
@@ -75,11 +75,11 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[kTiles][kColumns / 8
     unsigned left[kTiles][4];
 #pragma unroll
     for (int i = 0; i < kTiles; i++)
-      ldmatrix_x4(left[i], a + place<kDepth>(row + 16 * i + lane % 16, depth + lane / 16));
+      ldmatrix_x4(left[i], a + (row + 16 * i) * kDepth + place<kDepth>(lane % 16, depth ^ lane / 16));
 #pragma unroll
     for (int j = 0; j < kColumns / 16; j++) {
       unsigned both[4];
-      ldmatrix_x4(both, b + place<kDepth>(16 * j + lane / 16 * 8 + lane % 8, depth + lane / 8 % 2));
+      ldmatrix_x4(both, b + (16 * j + lane / 16 * 8) * kDepth + place<kDepth>(lane % 8, depth ^ lane / 8 % 2));
       const unsigned right[2][2] = {{both[0], both[1]}, {both[2], both[3]}};
 #pragma unroll
       for (int i = 0; i < kTiles; i++) {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void multiply_weights(float (&sums)[kTiles][kWidth / 
 #pragma unroll
     for (int j = 0; j < kWidth / 16; j++) {
       unsigned both[4];
-      ldmatrix_x4_trans(both, b + place<kWidth>(16 * depth + lane % 16, 2 * j + lane / 16));
+      ldmatrix_x4_trans(both, b + 16 * depth * kWidth + place<kWidth>(lane % 16, 2 * j ^ lane / 16));
       const unsigned right[2][2] = {{both[0], both[1]}, {both[2], both[3]}};
 #pragma unroll
       for (int i = 0; i < kTiles; i++) {

@@ -152,8 +152,8 @@ ATTENTION = [
     Mutant(
         "matrices of B exchanged",
         "attention.h",
-        "16 * j + lane / 16 * 8 + lane % 8, depth + lane / 8 % 2)",
-        "16 * j + lane / 8 % 2 * 8 + lane % 8, depth + lane / 16)",
+        "(16 * j + lane / 16 * 8) * kDepth + place<kDepth>(lane % 8, depth ^ lane / 8 % 2)",
+        "(16 * j + lane / 8 % 2 * 8) * kDepth + place<kDepth>(lane % 8, depth ^ lane / 16)",
     ),
     Mutant(
         "a pair of weights exchanged",

@@ -71,6 +71,11 @@ def test_every_width_document_and_window(case):
     check(case)
 
 
+def test_tiles_of_roomy_cards(monkeypatch):
+    monkeypatch.setattr(cuda_attention, "_is_roomy", lambda device: True)
+    check(Case(1, 2, 1, 150, 128, 128))
+
+
 def test_log_sum_exp_is_natural():
     case = Case(1, 2, 1, 130, 64, 64)
     q, k, v, _ = case.tensors

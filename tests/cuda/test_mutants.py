@@ -6,11 +6,11 @@ import pytest
 import torch
 from attention_case import NAMES, Case
 
-CASES = [  # more than one block of keys; a window and documents that end within blocks
-    Case(1, 4, 2, 200, 32, 32, documents=True, window=90),
-    Case(1, 2, 1, 150, 64, 64),
+CASES = [  # several blocks of keys, some whole and some not, for documents and for a window
+    Case(1, 4, 2, 140, 32, 32, documents=True),
+    Case(1, 2, 1, 150, 32, 32, window=90),
 ]
-CASES[1].document_ids = (torch.arange(150) >= 100).long()[None]
+CASES[0].document_ids = (torch.arange(140) >= 100).long()[None]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def nan_memory():
 def noticed(mutant):
     """Return what gives the fault away, None if nothing does."""
     edits = ((mutant.file, mutant.old, mutant.new),)
-    for case, seed in itertools.product(CASES, range(3)):
+    for seed, case in itertools.product(range(3), CASES):
         steps = case.run(seed, edits)
         try:
             o, lse = next(steps)

@@ -21,11 +21,13 @@ WARPS, LANES, RANGE, PADDING = 4, 32, 32, 128
 NARROW = 64
 """Up to this width tiles are larger: the registers hold them (docs/cuda-attention.md)."""
 TILES = {
-    # entry, file: (ROW_TILES, COLUMNS) of narrow heads, of wide ones
-    "attention_forward": ((2, 64), (1, 32)),
-    "attention_backward_queries": ((2, 32), (1, 32)),
-    "attention_backward_keys": ((1, 64), (1, 32)),
+    # entry, file: (ROW_TILES, COLUMNS) of narrow heads, of wide ones, of wide ones on ROOMY cards
+    "attention_forward": ((2, 64), (1, 32), (2, 32)),
+    "attention_backward_queries": ((2, 32), (1, 32), (1, 64)),
+    "attention_backward_keys": ((2, 32), (1, 32), (1, 32)),
 }
+ROOMY = ((8, 0), (9, 0))
+"""Cards (A100, H100) with shared memory for two blocks of large tiles per multiprocessor."""
 Run = Callable[[Launch], object]
 
 
@@ -119,25 +121,41 @@ def backward(
     return d_q, d_k, d_v
 
 
-def programs(dtype: torch.dtype, width: int, value_width: int) -> dict[str, tuple[str, ...]]:
+def programs(
+    dtype: torch.dtype, width: int, value_width: int, *, roomy: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Return the macros that each kernel is compiled with, by entry (its file is entry.cu)."""
-    wide = max(width, value_width) > NARROW
     return {
         entry: (
             f"FORMAT={FORMATS[dtype]}",
             f"WIDTH={width}",
             f"VALUE_WIDTH={value_width}",
-            f"ROW_TILES={tiles[wide][0]}",
-            f"COLUMNS={tiles[wide][1]}",
+            f"ROW_TILES={row_tiles}",
+            f"COLUMNS={columns}",
         )
-        for entry, tiles in TILES.items()
+        for entry in TILES
+        for row_tiles, columns in [_tiles(entry, width, value_width, roomy)]
     }
+
+
+def _tiles(entry: str, width: int, value_width: int, roomy: bool) -> tuple[int, int]:
+    """Return ROW_TILES and COLUMNS."""
+    narrow, wide, wide_if_roomy = TILES[entry]
+    if max(width, value_width) <= NARROW:
+        return narrow
+    return wide_if_roomy if roomy else wide
+
+
+def _is_roomy(device: torch.device) -> bool:
+    """Return whether the card is one of ROOMY."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ROOMY
 
 
 def _launch(entry: str, q: Tensor, v: Tensor, problem: _Attention, owner: Tensor) -> Launch:
     """Return the launch of a kernel whose blocks each own some rows of `owner`."""
     width, value_width = q.shape[-1], v.shape[-1]
-    row_tiles, columns = TILES[entry][max(width, value_width) > NARROW]
+    roomy = _is_roomy(q.device)
+    row_tiles, columns = _tiles(entry, width, value_width, roomy)
     rows = WARPS * 16 * row_tiles
     shared = (width + value_width) * 2 * (2 * columns)  # two halves of what passes by
     if entry == "attention_forward":
@@ -154,7 +172,7 @@ def _launch(entry: str, q: Tensor, v: Tensor, problem: _Attention, owner: Tensor
         block=(WARPS * LANES, 1, 1),
         shared_bytes=shared,
         arguments=problem,
-        defines=programs(q.dtype, width, value_width)[entry],
+        defines=programs(q.dtype, width, value_width, roomy=roomy)[entry],
     )
 
 
