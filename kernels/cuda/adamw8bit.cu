@@ -12,13 +12,17 @@ namespace tinyllm {
 
 constexpr int kWarps = 8, kStateBlock = 256, kQuads = 2;
 constexpr float kTinyScale = 0x1p-120f;  // a smaller block counts as zero: 1 / scale is finite
-constexpr int kLowestExponent = 127 - 26, kBuckets = 27 * 256;  // see kernels/cpu/adamw8bit.h
+constexpr int kDecades = 7;
 
-// tinyllm/ops/cuda_adamw8bit.py makes it.
 struct Tables {
-  float value[2][256];      // of signed codes (m), of unsigned ones (v)
-  float middle[2][256];     // between a code and the next; the last is infinite
-  u8 first[3][kBuckets];    // signed codes of positive numbers, of negative ones; unsigned codes
+  float value[2][256];   // of signed codes (m), of unsigned ones (v)
+  float middle[2][256];  // between a code and the next; the last is infinite
+};
+
+// The least of seven lines names the nearest code or the one before it: kernels/cpu/adamw8bit.h.
+struct Lines {
+  float slope[kDecades], offset[kDecades];
+  i32 zero;  // the number of the code 0
 };
 
 struct AdamW8bit {
@@ -28,14 +32,17 @@ struct AdamW8bit {
   float *m_scale, *v_scale;  // [ceil(n / 256)]
   const Tables* tables;
   i64 n;
+  Lines lines[2];            // of signed and of unsigned codes
   float beta1, rest1, beta2, rest2, rate, inverse2, eps, decay;  // rest = 1 - beta
 };
 
-__device__ __forceinline__ int nearest(const Tables& t, int kind, float x) {
-  const u32 bits = __float_as_uint(x);
-  const int upper = static_cast<int>((bits & 0x7fffffffu) >> 15) - (kLowestExponent << 8);
-  const int bucket = max(0, min(upper, kBuckets - 1));
-  const int first = t.first[kind ? 2 : bits >> 31][bucket];
+__device__ __forceinline__ int nearest(const Tables& t, const Lines& lines, int kind, float x) {
+  float below = fabsf(x) * lines.slope[0] + lines.offset[0];
+#pragma unroll
+  for (int d = 1; d < kDecades; d++)
+    below = fminf(below, fabsf(x) * lines.slope[d] + lines.offset[d]);
+  const int count = static_cast<int>(fmaxf(below, 0.0f));  // fmaxf: and where it is not a number
+  const int first = max(0, x < 0 ? lines.zero - 1 - count : lines.zero + count);
   return first + (x > t.middle[kind][first] ? 1 : 0);
 }
 
@@ -55,8 +62,9 @@ __device__ __forceinline__ Vector<float> load_quad(const float* x, i64 at, i64 n
 }
 
 // Stores numbers as codes with a new scale; all lanes of the warp.
-__device__ __forceinline__ void quantize(const Tables& t, int kind, const float (&x)[kQuads][4], i64 first,
-                                         i64 n, u8* codes, float* scale) {
+__device__ __forceinline__ void quantize(const Tables& t, const Lines& lines, int kind,
+                                         const float (&x)[kQuads][4], i64 first, i64 n, u8* codes,
+                                         float* scale) {
   u32 most = 0;
 #pragma unroll
   for (int j = 0; j < kQuads; j++)
@@ -73,7 +81,7 @@ __device__ __forceinline__ void quantize(const Tables& t, int kind, const float 
     u32 word = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++)
-      word |= static_cast<u32>(nearest(t, kind, __fmul_rn(x[j][e], inverse))) << 8 * e;
+      word |= static_cast<u32>(nearest(t, lines, kind, __fmul_rn(x[j][e], inverse))) << 8 * e;
     if (at + 4 <= n) {
       *reinterpret_cast<u32*>(codes + at) = word;
     } else {
@@ -110,8 +118,8 @@ __device__ __forceinline__ void step(const AdamW8bit& s, const Tables& t, i64 bl
         if (at + e < s.n) s.p[at + e] = p.at[e];
     }
   }
-  quantize(t, 0, m, first, s.n, s.m, s.m_scale + block);
-  quantize(t, 1, v, first, s.n, s.v, s.v_scale + block);
+  quantize(t, s.lines[0], 0, m, first, s.n, s.m, s.m_scale + block);
+  quantize(t, s.lines[1], 1, v, first, s.n, s.v, s.v_scale + block);
 }
 
 KERNEL(adamw8bit, AdamW8bit, p, kWarps * kLanes) {

@@ -10,7 +10,6 @@ namespace tinyllm {
 
 using Logits = Vector<FORMAT>;
 constexpr int kSize = Logits::kSize;
-constexpr float kLog2E = 1.4426950408889634f;
 
 struct CrossEntropy {
   const FORMAT* logits;  // [rows][n]
@@ -42,7 +41,7 @@ KERNEL(cross_entropy, CrossEntropy, p, 1024) {
   for (int i = 0; i < kHeld; i++) {
     if (first_number<FORMAT>(i) >= p.n) continue;
 #pragma unroll
-    for (int e = 0; e < kSize; e++) sum += exp2_fast((to_float(held[i].at[e]) - top) * kLog2E);
+    for (int e = 0; e < kSize; e++) sum += exp_for<FORMAT>(to_float(held[i].at[e]) - top);
   }
   sum = row_sum(sum, shared);
   const float inverse = target < 0 ? 0.0f : 1.0f / sum;
@@ -59,7 +58,7 @@ KERNEL(cross_entropy, CrossEntropy, p, 1024) {
     Logits gradient;
 #pragma unroll
     for (int e = 0; e < kSize; e++) {
-      const float share = exp2_fast((to_float(held[i].at[e]) - top) * kLog2E) * inverse;
+      const float share = exp_for<FORMAT>(to_float(held[i].at[e]) - top) * inverse;
       gradient.at[e] = from_float<FORMAT>(at + e == target ? share - 1.0f : share);
     }
     store_16(p.gradient + row * p.n + at, gradient);

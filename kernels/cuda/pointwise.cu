@@ -51,7 +51,7 @@ struct Swiglu {
 };
 
 __device__ __forceinline__ float sigmoid(float x) {
-  return 1.0f / (1.0f + exp2_fast(x * -1.4426950408889634f));  // exp2 may be infinite: then 0
+  return 1.0f / (1.0f + exp_for<FORMAT>(-x));  // exp may be infinite: then 0
 }
 
 KERNEL(swiglu_forward, Swiglu, p, kThreads) {

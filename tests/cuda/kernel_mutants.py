@@ -164,7 +164,8 @@ ADAMW = _of(
         "__fadd_rn(__fmul_rn(p.at[e], s.decay), -__fmul_rn(update, s.rate))",
         "fmaf(p.at[e], s.decay, -__fmul_rn(update, s.rate))",
     ),
-    ("negative numbers as positive", "kind ? 2 : bits >> 31", "kind ? 2 : 0"),
+    ("negative numbers as positive", "x < 0 ? lines.zero - 1 - count :", ""),
+    ("a decade is lost", "int d = 1; d < kDecades", "int d = 1; d < kDecades - 1"),
     ("numbers beyond the last", "if (first + j * 128 + e < n) most", "most"),
     (
         "half a block's scale",

@@ -3,11 +3,20 @@
 import ctypes
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinyllm.ops.adamw8bit import BLOCK, Moments, Rates, dynamic_code, middles
+from tinyllm.ops.adamw8bit import (
+    BLOCK,
+    DECADES,
+    Moments,
+    Rates,
+    dynamic_code,
+    lines,
+    middles,
+)
 from tinyllm.ops.cuda_rows import Run, check_pointers
 from tinyllm.ops.launch import Launch
 
@@ -16,9 +25,17 @@ WARPS = 8
 """Of a block of threads; each takes a block of numbers at a time."""
 MOST_BLOCKS = 1024
 """Of threads: each copies the tables once, and takes several blocks of numbers if need be."""
-LOWEST_EXPONENT, BUCKETS = 127 - 26, 27 * 256
-"""As in the source."""
-TABLE_BYTES = 2 * 256 * 4 + 2 * 256 * 4 + 3 * BUCKETS
+TABLE_BYTES = 4 * 256 * 4
+"""Codes and middles, of both kinds."""
+
+
+class _Lines(ctypes.Structure):
+    """`Lines` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_float * DECADES) for name in ("slope", "offset")),
+        ("zero", ctypes.c_int32),
+    )
 
 
 class _Step(ctypes.Structure):
@@ -26,7 +43,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("p", "g", "m", "v", "m_scale", "v_scale")),
-        *(("tables", ctypes.c_void_p), ("n", ctypes.c_int64)),
+        *(("tables", ctypes.c_void_p), ("n", ctypes.c_int64), ("lines", _Lines * 2)),
         *((name, ctypes.c_float) for name in ("beta1", "rest1", "beta2", "rest2")),
         *((name, ctypes.c_float) for name in ("rate", "inverse2", "eps", "decay")),
     )
@@ -56,7 +73,7 @@ def step(run: Run, p: Tensor, g: Tensor, moments: Moments, rates: Rates) -> None
             arguments=_Step(
                 *(p.data_ptr(), g.data_ptr(), moments.m.data_ptr(), moments.v.data_ptr()),
                 *(moments.m_scale.data_ptr(), moments.v_scale.data_ptr()),
-                *(_tables(p.device).data_ptr(), p.numel()),
+                *(_tables(p.device).data_ptr(), p.numel(), _both_lines()),
                 *(rates.beta1, 1 - rates.beta1, rates.beta2, 1 - rates.beta2),
                 *(rates.rate, rates.inverse2, rates.eps, rates.decay),
             ),
@@ -66,23 +83,24 @@ def step(run: Run, p: Tensor, g: Tensor, moments: Moments, rates: Rates) -> None
 
 @functools.cache
 def _tables(device: torch.device) -> Tensor:
-    """Return `Tables` of the source as bytes on a device."""
+    """Return `Tables` of the source on a device."""
     last = torch.tensor([math.inf])
-    floats = [
-        *(dynamic_code(signed=signed) for signed in (True, False)),
-        *(torch.cat((middles(signed=signed), last)) for signed in (True, False)),
-    ]
-    first = [first_codes(signed=True), first_codes(signed=False)[:BUCKETS]]
-    tables = torch.cat([*(x.view(torch.uint8) for x in floats), *first])
-    assert tables.numel() == TABLE_BYTES
+    tables = torch.cat(
+        [
+            *(dynamic_code(signed=signed) for signed in (True, False)),
+            *(torch.cat((middles(signed=signed), last)) for signed in (True, False)),
+        ]
+    )
+    assert tables.nbytes == TABLE_BYTES
     return tables.to(device)
 
 
-def first_codes(*, signed: bool) -> Tensor:
-    """Return, per bucket of floats with equal upper bits, the first code that can be nearest."""
-    bits = (torch.arange(BUCKETS + 1, dtype=torch.int32) + (LOWEST_EXPONENT << 8)) << 15
-    edge = bits.view(torch.float32).clone()
-    edge[0] = 0.0
-    below_next = torch.nextafter(edge[1:], torch.tensor(0.0))
-    least = torch.cat((edge[:-1], -below_next))  # of each bucket, positive ones first
-    return torch.searchsorted(middles(signed=signed), least).to(torch.uint8)
+@functools.cache
+def _both_lines() -> Any:
+    """Return the lines of signed and of unsigned codes."""
+    both = []
+    for signed in (True, False):
+        slopes, offsets, zero = lines(signed=signed)
+        arrays = ((ctypes.c_float * DECADES)(*line) for line in (slopes, offsets))
+        both.append(_Lines(*arrays, zero))
+    return (_Lines * 2)(*both)
