@@ -1,4 +1,4 @@
-"""A step of fixed shapes makes the same logits as the growing cache; a card replays it as a graph."""
+"""A step of fixed shapes makes the logits of the growing cache; a card replays it as a graph."""
 
 import pytest
 import torch
