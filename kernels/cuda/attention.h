@@ -18,7 +18,8 @@ constexpr int kWidth = WIDTH, kValueWidth = VALUE_WIDTH, kTiles = ROW_TILES, kCo
 constexpr int kThreads = 128, kWarpRows = 16 * kTiles, kRows = kThreads / kLanes * kWarpRows;
 constexpr int kRangeSize = 32;  // positions of one entry of `ranges`
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-static_assert(kWidth % 16 == 0 && kValueWidth % 16 == 0 && kColumns % kRangeSize == 0, "16-bit tiles");
+static_assert(kWidth % 16 == 0 && kValueWidth % 16 == 0 && kColumns % kRangeSize == 0, "whole tiles");
+static_assert(kRows % kColumns == 0, "a block of rows begins where a block of columns begins");
 
 // A tensor (B, heads, T, width): strides in elements, multiples of 8; the width without gaps.
 struct Heads {
@@ -150,45 +151,41 @@ __device__ __forceinline__ void store_rows(const float (&x)[kTiles][kWidth / 8][
 
 // ---- who sees whom ----
 
-struct Visible {
-  const i32 *documents, *ranges;  // of this sequence, or null
-  int window;
+struct Visible {  // of the block's sequence; keeps no address in registers
+  const Attention& p;
 
-  __device__ __forceinline__ Visible(const Attention& p, int batch)
-      : documents(p.documents ? p.documents + batch * p.padded : nullptr),
-        ranges(p.documents ? p.ranges + batch * (p.padded / kRangeSize) * 2 : nullptr),
-        window(p.window) {}
+  __device__ __forceinline__ const i32* documents() const { return p.documents + blockIdx.z * p.padded; }
 
   __device__ __forceinline__ bool operator()(int query, int key) const {
-    return key <= query && (window == 0 || query - key < window) &&
-           (documents == nullptr || documents[query] == documents[key]);
+    return key <= query && (p.window == 0 || query - key < p.window) &&
+           (p.documents == nullptr || documents()[query] == documents()[key]);
   }
 
+  // n positions within one entry of 32, or whole entries.
   __device__ __forceinline__ void range(int first, int n, int* low, int* high) const {
-    *low = ranges[first / kRangeSize * 2], *high = ranges[first / kRangeSize * 2 + 1];
-    for (int i = first + kRangeSize; i < first + n; i += kRangeSize) {
-      *low = min(*low, ranges[i / kRangeSize * 2]);
-      *high = max(*high, ranges[i / kRangeSize * 2 + 1]);
-    }
+    const i32* ranges = p.ranges + (blockIdx.z * p.padded + first) / kRangeSize * 2;
+    *low = ranges[0], *high = ranges[1];
+    for (int i = 1; i < (n + kRangeSize - 1) / kRangeSize; i++)
+      *low = min(*low, ranges[2 * i]), *high = max(*high, ranges[2 * i + 1]);
   }
 
-  // Whether none of the queries sees any of the keys, as far as documents say; both from a multiple of 32 on.
+  // Whether none of the queries sees any of the keys, as far as documents say.
   __device__ __forceinline__ bool apart(int query, int n_queries, int key, int n_keys) const {
-    if (documents == nullptr) return false;
+    if (p.documents == nullptr) return false;
     int low, high, key_low, key_high;
     range(query, n_queries, &low, &high);
     range(key, n_keys, &key_low, &key_high);
     return low > key_high || high < key_low;
   }
 
-  // Whether each of the queries sees each of the keys; queries are from a multiple of 16 on.
+  // Whether each of the queries sees each of the keys.
   __device__ __forceinline__ bool all(int query, int n_queries, int key, int n_keys) const {
     if (key + n_keys - 1 > query) return false;
-    if (window && query + n_queries - 1 - key >= window) return false;
-    if (documents == nullptr) return true;
+    if (p.window && query + n_queries - 1 - key >= p.window) return false;
+    if (p.documents == nullptr) return true;
     int low, high, key_low, key_high;
-    range(query / kRangeSize * kRangeSize, n_queries, &low, &high);
-    range(key / kRangeSize * kRangeSize, n_keys, &key_low, &key_high);
+    range(query, n_queries, &low, &high);
+    range(key, n_keys, &key_low, &key_high);
     return low == high && key_low == key_high && low == key_low;
   }
 };

@@ -7,6 +7,13 @@
 #include "attention.h"
 
 namespace tinyllm {
+namespace {
+
+struct Step {
+  int head, query;
+};
+
+}  // namespace
 
 KERNEL(attention_backward_keys, Attention, p, kThreads) {
   SHARED(Number, shared);
@@ -17,20 +24,20 @@ KERNEL(attention_backward_keys, Attention, p, kThreads) {
   const int group = blockIdx.y, batch = blockIdx.z, first = blockIdx.x * kRows;
   const int lane = threadIdx.x % kLanes, warp_row = threadIdx.x / kLanes * kWarpRows, row = first + warp_row;
   const int n_shared = p.n_heads / p.n_kv_heads;
-  const Visible visible(p, batch);
+  const Visible visible{p};
 
   // Steps: the blocks of queries that may see these keys, for one head after another.
-  const int begin = first / kColumns * kColumns;
   const i64 last = p.window ? static_cast<i64>(first) + kRows - 1 + p.window : p.n_tokens;
-  const int end = last < p.n_tokens ? static_cast<int>(last) : p.n_tokens;
-  const int n_blocks = (end - begin + kColumns - 1) / kColumns, n_steps = n_shared * n_blocks;
-  const auto query_of = [&](int step) { return begin + step % n_blocks * kColumns; };
-  const auto next_step = [&](int step) {
-    while (step < n_steps && visible.apart(query_of(step), kColumns, first, kRows)) step++;
+  const int end = last < p.n_tokens ? static_cast<int>(last) : p.n_tokens, last_head = (group + 1) * n_shared;
+  const auto next_step = [&](Step step) {
+    do {
+      step.query += kColumns;
+      if (step.query >= end) step.query = first, step.head++;
+    } while (step.head < last_head && visible.apart(step.query, kColumns, first, kRows));
     return step;
   };
-  const auto stage_step = [&](int step, int half) {
-    const int head = group * n_shared + step / n_blocks, query = query_of(step);
+  const auto stage_step = [&](Step step, int half) {
+    const int head = step.head, query = step.query;
     Number* tile = q_tiles + half * kHalf;
     stage<kWidth, kColumns>(tile, head_of(p.q, batch, head), p.q.token, query, p.n_tokens);
     stage<kValueWidth, kColumns>(tile + kColumns * kWidth, head_of(p.d_o, batch, head), p.d_o.token, query,
@@ -48,20 +55,21 @@ KERNEL(attention_backward_keys, Attention, p, kThreads) {
   clear<kWidth>(d_k), clear<kValueWidth>(d_v);
   stage<kWidth, kRows>(k_tile, head_of(p.k, batch, group), p.k.token, first, p.n_tokens);
   stage<kValueWidth, kRows>(v_tile, head_of(p.v, batch, group), p.v.token, first, p.n_tokens);
-  int step = next_step(0);
+  Step step = {group * n_shared, first};
   stage_step(step, 0);
   cp_async_commit();
-  for (int half = 0; step < n_steps; half ^= 1) {
+  for (int half = 0; step.head < last_head; half ^= 1) {
     cp_async_wait<0>();
     __syncthreads();
-    const int next = next_step(step + 1), query = query_of(step);
-    if (next < n_steps) stage_step(next, half ^ 1);
+    const Step next = next_step(step);
+    if (next.head < last_head) stage_step(next, half ^ 1);
     cp_async_commit();
+    const int query = step.query;
     if (query + kColumns > row) {  // not before the warp's first key
       const Number *q_tile = q_tiles + half * kHalf, *d_o_tile = q_tile + kColumns * kWidth;
       const float *lse = row_numbers + half * 2 * kColumns, *delta = lse + kColumns;
       float s[kTiles][kColumns / 8][4], d_p[kTiles][kColumns / 8][4];
-      clear<kColumns>(s), clear<kColumns>(d_p);
+      clear<kColumns>(s);
       multiply_rows<kWidth, kColumns>(s, k_tile, warp_row, q_tile);
       if (!visible.all(query, kColumns, row, kWarpRows)) hide<true>(s, row, query, visible);
 #pragma unroll
@@ -73,13 +81,19 @@ KERNEL(attention_backward_keys, Attention, p, kThreads) {
             s[i][j][e] =
                 exp2_fast(fmaf(s[i][j][e], p.scale, -lse[8 * j + lane % 4 * 2 + e % 2]) * kLog2E);
       multiply_weights<kColumns, kValueWidth>(d_v, s, d_o_tile);
+#pragma unroll
+      for (int i = 0; i < kTiles; i++)
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) d_p[i][j][e] = -delta[8 * j + lane % 4 * 2 + e % 2];
       multiply_rows<kValueWidth, kColumns>(d_p, v_tile, warp_row, d_o_tile);
 #pragma unroll
       for (int i = 0; i < kTiles; i++)
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) s[i][j][e] *= d_p[i][j][e] - delta[8 * j + lane % 4 * 2 + e % 2];
+          for (int e = 0; e < 4; e++) s[i][j][e] *= d_p[i][j][e];
       multiply_weights<kColumns, kWidth>(d_k, s, q_tile);
     }
     step = next;

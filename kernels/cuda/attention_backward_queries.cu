@@ -44,7 +44,7 @@ KERNEL(attention_backward_queries, Attention, p, kThreads) {
   const int lane = threadIdx.x % kLanes, warp_row = threadIdx.x / kLanes * kWarpRows, row = first + warp_row;
   const Number *k = head_of(p.k, batch, group), *v = head_of(p.v, batch, group);
   const i64 row_of_head = (static_cast<i64>(batch) * p.n_heads + head) * p.n_tokens;
-  const Visible visible(p, batch);
+  const Visible visible{p};
 
   const int begin = p.window ? max(first - p.window + 1, 0) / kColumns * kColumns : 0;
   const int end = min(first + kRows, p.n_tokens);

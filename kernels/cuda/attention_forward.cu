@@ -54,7 +54,7 @@ KERNEL(attention_forward, Attention, p, kThreads) {
   const int first = (gridDim.x - 1 - blockIdx.x) * kRows;  // the longest rows begin first
   const int warp_row = threadIdx.x / kLanes * kWarpRows, row = first + warp_row;
   const Number *k = head_of(p.k, batch, group), *v = head_of(p.v, batch, group);
-  const Visible visible(p, batch);
+  const Visible visible{p};
 
   const int begin = p.window ? max(first - p.window + 1, 0) / kColumns * kColumns : 0;
   const int end = min(first + kRows, p.n_tokens);

@@ -13,8 +13,7 @@ inline float to_float(bf16 x) { return __uint_as_float(unsigned{x.bits} << 16); 
 inline float to_float(half x) {
   const unsigned sign = (x.bits & 0x8000u) << 16, e = x.bits >> 10 & 31, f = x.bits & 1023;
   if (e == 31) return __uint_as_float(sign | 0x7f800000u | f << 13);
-  const float size = e ? ldexpf(static_cast<float>(f | 1024), static_cast<int>(e) - 25)
-                       : ldexpf(static_cast<float>(f), -24);
+  const float size = e ? __uint_as_float((e + 112) << 23 | f << 13) : static_cast<float>(f) * 0x1p-24f;
   return sign ? -size : size;
 }
 

@@ -82,9 +82,7 @@ ATTENTION = [
         "delta[8 * j + lane % 4 * 2 + e % 2]",
         "delta[8 * j + lane % 4 * 2]",
     ),
-    Mutant(
-        "half the heads of a group", KEYS, "n_steps = n_shared * n_blocks", "n_steps = n_blocks"
-    ),
+    Mutant("half the heads of a group", KEYS, "(group + 1) * n_shared;", "group * n_shared + 1;"),
     Mutant(
         "a query does not see itself",
         "attention.h",
@@ -103,18 +101,20 @@ ATTENTION = [
         "key + n_keys - 1 > query)",
         "key + n_keys / 2 > query)",
     ),
-    Mutant("a window one wider", "attention.h", "query - key < window)", "query - key <= window)"),
+    Mutant(
+        "a window one wider", "attention.h", "query - key < p.window)", "query - key <= p.window)"
+    ),
     Mutant(
         "blocks on the window's edge are whole",
         "attention.h",
-        "n_queries - 1 - key >= window",
-        "n_queries / 2 - key >= window",
+        "n_queries - 1 - key >= p.window",
+        "n_queries / 2 - key >= p.window",
     ),
     Mutant(
         "documents see each other",
         "attention.h",
-        "documents[query] == documents[key]",
-        "documents[query] >= documents[key]",
+        "documents()[query] == documents()[key]",
+        "documents()[query] >= documents()[key]",
     ),
     Mutant(
         "mixed blocks count as one document",
