@@ -37,7 +37,7 @@ smoke: setup  ## run the whole pipeline on the smoke preset in a temporary clone
 	./tests/smoke.sh
 
 gpu-check: setup  ## on a machine with a GPU: tests, sanitizer, measurements, the smoke pipeline; 8 minutes
-	python -m benchmarks.gpu_check
+	python benchmarks/gpu_check.py
 
 clean:  ## remove unfinished training runs and caches of the tools; data and models stay
 	rm -rf .inflight .mypy_cache .ruff_cache .pytest_cache .hypothesis

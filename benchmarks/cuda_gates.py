@@ -1,6 +1,6 @@
 """What the compilers make of every CUDA kernel for every card: registers, shared memory, spills.
 
-    python -m benchmarks.cuda_gates [--nvcc] [--all]
+    python benchmarks/cuda_gates.py [--nvcc] [--all]
 
 Needs no GPU: NVRTC and nvdisasm are packages of PyPI. The table goes into docs/cuda.md; the limits
 and the expected instructions are held by tests/cuda/test_gates.py.
@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from cuda_launches import FORMATS, launches
 
-from benchmarks.cuda_launches import FORMATS, launches
 from tinyllm.ops import cuda_build
 from tinyllm.ops.launch import Launch
 

@@ -1,8 +1,8 @@
 """Everything that is measured on a card, in one file: ceilings, kernels, decoding, training.
 
-    python -m benchmarks.gpu [--out DIR]
+    python benchmarks/gpu.py [--out DIR]
 
-Writes <card>-<date>.json into benchmarks/results; `python -m benchmarks.perf_table` makes
+Writes <card>-<date>.json into benchmarks/results; `python benchmarks/perf_table.py` makes
 kernels/PERF.md of all of them. Ceilings are measured in the same call: compare shares, not times.
 Without a card it says so and measures nothing.
 """
@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import gpu_kernels
 import torch
 
-from benchmarks import gpu_kernels
 from tinyllm.artifact import write_json
 from tinyllm.evaluation.hardware import fingerprint
 from tinyllm.inference.generate import generate

@@ -1,6 +1,6 @@
 """`make gpu-check`: tests, sanitizer, measurements and the smoke pipeline on this machine's card.
 
-    python -m benchmarks.gpu_check
+    python benchmarks/gpu_check.py
 
 Every part has its share of 8 minutes and is stopped beyond it. Without a card: one line, exit 0.
 """
@@ -29,8 +29,8 @@ def parts() -> list[tuple[str, list[str], int]]:
             checks.append((tool, command, 40))
     return [
         *checks,
-        ("measurements", [python, "-m", "benchmarks.gpu"], 130),
-        ("PERF.md", [python, "-m", "benchmarks.perf_table"], 10),
+        ("measurements", [python, "benchmarks/gpu.py"], 130),
+        ("PERF.md", [python, "benchmarks/perf_table.py"], 10),
         ("smoke pipeline", ["bash", "tests/smoke.sh"], 110),
     ]
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from gpu_timing import Run, in_turns
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu_timing import Run, in_turns
 from tinyllm.ops import cuda, cuda_block_op, cuda_norm_op, library, reference
 from tinyllm.ops.adamw8bit import BLOCK, Moments, Rates
 

@@ -1,6 +1,6 @@
 """Makes kernels/PERF.md of the measurements in benchmarks/results; cards never run say so.
 
-python -m benchmarks.perf_table
+python benchmarks/perf_table.py
 """
 
 import json
@@ -16,7 +16,7 @@ CARDS = ("RTX 3060", "RTX 3090", "RTX 4090", "H100", "H200")
 NOT_MEASURED = "not measured"
 HEAD = """# Speed of the CUDA kernels
 
-Made by `python -m benchmarks.perf_table` of the files that `make gpu-check` writes into
+Made by `python benchmarks/perf_table.py` of the files that `make gpu-check` writes into
 `benchmarks/results`; do not edit. A share is of the ceiling that the same run measured: a large
 copy for kernels that move bytes, a large bf16 product for those that multiply.
 """

@@ -5,10 +5,10 @@ Kernels, blocks and shared memory come from the recorded launches of the host si
 
 import re
 
+import cuda_gates
 import pytest
+from cuda_launches import FORMATS, launches
 
-from benchmarks import cuda_gates
-from benchmarks.cuda_launches import FORMATS, launches
 from tinyllm.ops import cuda_build
 from tinyllm.ops.build import BuildError
 

@@ -3,10 +3,13 @@
 import json
 
 import emulator
+import gpu
+import gpu_check
+import gpu_kernels
+import perf_table
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, gpu_kernels, perf_table
 from tinyllm.ops import cuda_driver
 
 CPU = torch.device("cpu")
