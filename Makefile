@@ -1,6 +1,6 @@
 # Everything a user or CI runs. `make` alone prints this list.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow check smoke clean
+.PHONY: help setup repro test test-slow check smoke gpu-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,6 +35,9 @@ check: setup  ## lint, formatting and types
 
 smoke: setup  ## run the whole pipeline on the smoke preset in a temporary clone
 	./tests/smoke.sh
+
+gpu-check: setup  ## on a machine with a GPU: tests, sanitizer, measurements, the smoke pipeline; 8 minutes
+	python benchmarks/gpu_check.py
 
 clean:  ## remove unfinished training runs and caches of the tools; data and models stay
 	rm -rf .inflight .mypy_cache .ruff_cache .pytest_cache .hypothesis

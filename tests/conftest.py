@@ -13,3 +13,11 @@ def _two_threads():
     import torch
 
     torch.set_num_threads(2)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")

@@ -130,6 +130,12 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned from) {
+  const unsigned long long bytes = low | static_cast<unsigned long long>(high) << 32;
+  unsigned out = 0;
+  for (int i = 0; i < 4; i++) out |= static_cast<unsigned>(bytes >> (from >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return out;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }

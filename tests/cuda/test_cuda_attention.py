@@ -72,7 +72,7 @@ def test_every_width_document_and_window(case):
 
 
 def test_tiles_of_roomy_cards(monkeypatch):
-    monkeypatch.setattr(cuda_attention, "_is_roomy", lambda device: True)
+    monkeypatch.setattr(cuda_attention, "is_roomy", lambda device: True)
     check(Case(1, 2, 1, 150, 128, 128))
 
 

@@ -30,6 +30,11 @@ class LayerKV:
         self._v = torch.zeros(*shape, d_v, dtype=dtype, device=device)
         self.length = 0
 
+    @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """All positions that there is room for, both (B, G, max_len, ...)."""
+        return self._k, self._v
+
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new positions; return all so far as views, both (B, G, S, ...) in k's dtype."""
         end = self.length + k_BGTK.shape[2]
@@ -98,6 +103,15 @@ class KVCache:
         if start == 0 or n_tokens == 1:
             return positions, None
         return positions, torch.arange(end, device=self._device) <= positions[:, None]
+
+    def memory(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's keys and values with all positions that there is room for."""
+        return [layer.memory for layer in self.layers]
+
+    def advance(self, n_tokens: int) -> None:
+        """Count positions that were written into `memory`."""
+        for layer in self.layers:
+            layer.length += n_tokens
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on; their memory is written again."""

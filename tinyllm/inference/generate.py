@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tinyllm.errors import DataError
 from tinyllm.inference.cache import KVCache
+from tinyllm.inference.graph import DecodeStep
 from tinyllm.inference.sampling import SamplingParams, sample
 from tinyllm.model.transformer import Transformer
 
@@ -39,9 +40,12 @@ class Generation(Iterator[int]):
         self._seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self._device)
         self._seen[0, torch.tensor(self._ids)] = True
         self._cache: KVCache | None = None
+        self._step: DecodeStep | None = None
         if use_cache:
             longest = min(model.config.max_seq_len, len(self._ids) + sampling.max_new_tokens)
             self._cache = KVCache(model.config, 1, longest, compute_dtype(model), self._device)
+            if self._device.type == "cuda":  # only cards replay graphs
+                self._step = DecodeStep(model, self._cache)
 
     def __next__(self) -> int:
         if self.reason is None:
@@ -70,6 +74,8 @@ class Generation(Iterator[int]):
     def _logits(self) -> Tensor:
         """Return the logits after the last token, (1, V): only new tokens pass a cached model."""
         start = self._cache.length if self._cache else 0
+        if self._step is not None and 0 < start == len(self._ids) - 1:
+            return self._step(self._ids[-1])
         ids = torch.tensor([self._ids[start:]], device=self._device)
         hidden = self._model.hidden(ids, cache=self._cache)
         return self._model.head(hidden[:, -1])  # the head of the other positions is not needed

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm.model.norm import RMSNorm
-from tinyllm.model.rope import apply_rope
 from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops import reference
 from tinyllm.ops.attention import attention
+from tinyllm.ops.block import is_alone, rope
 
 
 class LayerCache(Protocol):
@@ -77,7 +78,8 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.d_head))
         v = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
         if self.rotates:
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            turn = rope if is_alone(x_BTD) else reference.rope
+            q, k = turn(q, k, cos, sin)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)

@@ -4,6 +4,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops import reference
+from tinyllm.ops.block import is_alone, swiglu
 
 
 class SwiGLU(nn.Module):
@@ -17,7 +19,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the transformed x: any shape (..., D), kept."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        multiply = swiglu if is_alone(x) else reference.swiglu
+        out: Tensor = self.down_proj(multiply(self.gate_proj(x), self.up_proj(x)))
         return out
 
 

@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight_VD) if learn_weight else None
         loss = torch.zeros((), dtype=wide, device=x.device)
-        losses_of = function_of("cross_entropy", _backend(x.device.type, dtype))
+        losses_of = function_of("cross_entropy", _backend(x.device.type, dtype, len(weight)))
         rows = max(CHUNK_ROWS, -(-N // MAX_CHUNKS))
         for start in range(0, N, rows):
             chunk, target = x[start : start + rows], targets_N[start : start + rows]
@@ -82,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _backend(device: str, dtype: torch.dtype) -> str:
+def _backend(device: str, dtype: torch.dtype, vocabulary: int) -> str:
     """Return the name of the backend; the compiler asks once and does not look inside."""
-    return select("cross_entropy", torch.empty(0, dtype=dtype, device=device)).backend
+    logits = torch.empty((0, vocabulary), dtype=dtype, device=device)
+    return select("cross_entropy", logits).backend

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops import reference
+from tinyllm.ops.block import is_alone, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +28,8 @@ class RMSNorm(nn.Module):
         """Return x normalised over its last dimension: any shape (..., d), dtype kept."""
         if self.fp16_safe:
             return fp16_safe_rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        normed = rms_norm if is_alone(x) else reference.rms_norm
+        return normed(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.model.sizes import RopeScaling
+from tinyllm.ops.reference import turn
 
 YARN_FAST, YARN_SLOW = 32, 1
 """Turns within the original context: pairs with more stay, pairs with fewer are slowed down fully;
@@ -43,21 +44,8 @@ def yarn_temperature(scaling: RopeScaling) -> float:
 
 
 def apply_rope(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of every head.
-
-    Args:
-        x_BTHK: queries or keys.
-        cos: cosines of the positions, (T, K / 2), or (B, T, K / 2) where rows have positions of
-        their own.
-        sin: sines, likewise.
-
-    Returns:
-        The turned x, (B, T, H, K), dtype kept.
-    """
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
-    first, second = x_BTHK.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x_BTHK.dtype)
+    """Return x with the pairs of every head turned, dtype kept; `ops.reference.turn` tells how."""
+    return turn(x_BTHK, cos, sin)
 
 
 def _share_slowed(d_head: int, base: float, scaling: RopeScaling) -> Tensor:

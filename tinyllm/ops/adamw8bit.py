@@ -95,19 +95,31 @@ def middles(*, signed: bool) -> Tensor:
 
 
 @functools.cache
-def _code(*, signed: bool) -> tuple[_Code, tuple[Tensor, ...]]:
-    """Return a code for the library, and the memory its tables lie in."""
-    code = dynamic_code(signed=signed)
-    tables = (code, torch.cat((middles(signed=signed), torch.tensor([math.inf]))))
+def lines(*, signed: bool) -> tuple[list[float], list[float], int]:
+    """Return slopes and offsets of the decades' lines, and the number of the code 0.
+
+    The least of the lines names the nearest code to a magnitude or the one before it; see
+    kernels/cpu/adamw8bit.h.
+    """
     slopes, offsets, below = [], [], 1  # below: codes from 0 on that are less than the decade's
     for i in range(DECADES):
         parts = 2 ** (i if signed else i + 1)
         slopes.append(parts / 0.9 * 10 ** (6 - i))
         offsets.append(below - parts / 0.9 * 0.1 - 0.5)
         below += parts
-    lines = ((ctypes.c_float * DECADES)(*line) for line in (slopes, offsets))
-    zero = int(torch.searchsorted(code, 0.0))
-    return _Code(*(table.data_ptr() for table in tables), *lines, zero), tables
+    return slopes, offsets, int(torch.searchsorted(dynamic_code(signed=signed), 0.0))
+
+
+@functools.cache
+def _code(*, signed: bool) -> tuple[_Code, tuple[Tensor, ...]]:
+    """Return a code for the library, and the memory its tables lie in."""
+    tables = (
+        dynamic_code(signed=signed),
+        torch.cat((middles(signed=signed), torch.tensor([math.inf]))),
+    )
+    slopes, offsets, zero = lines(signed=signed)
+    both = ((ctypes.c_float * DECADES)(*line) for line in (slopes, offsets))
+    return _Code(*(table.data_ptr() for table in tables), *both, zero), tables
 
 
 def refuses(p: Tensor) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.ops.flash import AttentionSizes
-from tinyllm.ops.registry import OPERATIONS, forced_backend, function_of, select
+from tinyllm.ops.registry import forced_backend, function_of, select, why_not
 
 
 def attention(
@@ -51,14 +51,15 @@ def attention(
 def _backend(device: str, dtype: torch.dtype, width: int, value_width: int) -> str:
     """Return the name of the backend; the compiler asks once and does not look inside.
 
-    Where the CPU's own cannot serve, one line says why.
+    Where the device's own cannot serve, one line says why.
     """
     sizes = AttentionSizes(
         device=torch.device(device), dtype=dtype, width=width, value_width=value_width
     )
     chosen = select("attention", sizes)
-    if device == "cpu" and chosen.backend != "cpu" and forced_backend() is None:
-        _say_once(str(OPERATIONS["attention"][0].refuses(sizes)))
+    free = chosen.backend != device and forced_backend() is None
+    if free and (reason := why_not("attention", device, sizes)):
+        _say_once(reason)
     return chosen.backend
 
 

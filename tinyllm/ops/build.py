@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,8 +102,22 @@ def build() -> Path:
         BuildError: there is an `obstacle`, the compiler fails, or the cache cannot be written.
     """
     target = library_path()
+    build_once(target, _compile)
+    return target
+
+
+def build_once(target: Path, make: Callable[[Path], None]) -> None:
+    """Make a file of the cache unless it is there; processes wait for each other.
+
+    Args:
+        target: what is wanted.
+        make: puts it into place as a whole, by a temporary file.
+
+    Raises:
+        BuildError: `make` fails, or the cache cannot be written.
+    """
     if target.exists():
-        return target
+        return
     import fcntl  # absent on systems that `obstacle` refuses
 
     try:
@@ -110,10 +125,9 @@ def build() -> Path:
         with target.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                _compile(target)
+                make(target)
     except OSError as error:
         raise BuildError(f"{error.filename or target}: {error.strerror}") from None
-    return target
 
 
 def _compile(target: Path) -> None:
@@ -128,9 +142,9 @@ def _compile(target: Path) -> None:
             for (name, flags), out in zip(UNITS.items(), objects, strict=True)
         ]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(run_command, commands))
         linked = temporary / target.name
-        _run([cxx, "-shared", "-fopenmp", *objects, "-o", str(linked)])
+        run_command([cxx, "-shared", "-fopenmp", *objects, "-o", str(linked)])
         linked.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,11 +152,11 @@ def _compile(target: Path) -> None:
 
 def _version(cxx: str) -> str:
     """Return what the compiler says about itself."""
-    return _run([cxx, "--version"])
+    return run_command([cxx, "--version"])
 
 
-def _run(command: list[str]) -> str:
-    """Return the standard output of a command.
+def run_command(command: list[str]) -> str:
+    """Return what a compiler's command prints.
 
     Raises:
         BuildError: it fails; the message is its first line of error.
@@ -157,7 +171,7 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
         raise BuildError(f"{name} failed: {lines[0].strip()}")
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tinyllm.ops.attention_op import empty_heads
 from tinyllm.ops.launch import Launch
 
 FORMATS = {torch.bfloat16: "bf16", torch.float16: "half"}
@@ -83,9 +84,9 @@ def forward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `flash.flash_attention` does; bf16 or fp16, accumulated in fp32."""
+    """Return what `attention_op.as_operator` tells; bf16 or fp16, accumulated in fp32."""
     q, k, v = (_aligned(x) for x in (q_BHTK, k_BGTK, v_BGTE))
-    o = _empty_heads(q, v.shape[-1])
+    o = empty_heads(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     documents = _documents(document_ids, q)
     problem = _problem(q, k, v, o, lse, documents, window, scale)
@@ -105,9 +106,9 @@ def backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `flash.flash_attention_backward` does: the same bits in every run."""
+    """Return the gradients of q, k and v: the same bits in every run."""
     d_o, q, k, v, o = (_aligned(x) for x in (d_o, q_BHTK, k_BGTK, v_BGTE, o_BHTE))
-    d_q, d_k, d_v = (_empty_heads(x, x.shape[-1]) for x in (q, k, v))
+    d_q, d_k, d_v = (empty_heads(x, x.shape[-1]) for x in (q, k, v))
     lse, delta = (
         lse_BHT.contiguous(),
         torch.empty_like(lse_BHT, memory_format=torch.contiguous_format),
@@ -146,7 +147,7 @@ def _tiles(entry: str, width: int, value_width: int, roomy: bool) -> tuple[int, 
     return wide_if_roomy if roomy else wide
 
 
-def _is_roomy(device: torch.device) -> bool:
+def is_roomy(device: torch.device) -> bool:
     """Return whether the card is one of ROOMY."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in ROOMY
 
@@ -154,7 +155,7 @@ def _is_roomy(device: torch.device) -> bool:
 def _launch(entry: str, q: Tensor, v: Tensor, problem: _Attention, owner: Tensor) -> Launch:
     """Return the launch of a kernel whose blocks each own some rows of `owner`."""
     width, value_width = q.shape[-1], v.shape[-1]
-    roomy = _is_roomy(q.device)
+    roomy = is_roomy(q.device)
     row_tiles, columns = _tiles(entry, width, value_width, roomy)
     rows = WARPS * 16 * row_tiles
     shared = (width + value_width) * 2 * (2 * columns)  # two halves of what passes by
@@ -197,12 +198,6 @@ def _aligned(x: Tensor) -> Tensor:
     """Return x so that each head begins at a multiple of 16 bytes; a copy where it does not."""
     whole = x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:3]) and not x.data_ptr() % 16
     return x if whole else x.clone(memory_format=torch.contiguous_format)
-
-
-def _empty_heads(like: Tensor, width: int) -> Tensor:
-    """Return memory for (B, heads, T, width) in the order (B, T, heads, width): as layers read."""
-    b, heads, t, _ = like.shape
-    return like.new_empty((b, t, heads, width)).transpose(1, 2)
 
 
 def _heads(x: Tensor) -> _Heads:

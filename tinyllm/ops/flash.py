@@ -1,8 +1,7 @@
-"""Attention by our C++ (kernels/cpu/flash.h) as a torch operator with a gradient.
+"""Attention by our C++ (kernels/cpu/flash.h), the torch operator `tinyllm::flash_attention`.
 
-`tinyllm::flash_attention` is known to autograd and to `torch.compile`, which takes it whole. Same
-bits for any number of threads. Dimensions: B batch, T positions, H query heads, G key-value heads,
-K width of queries and keys, E width of values.
+Same bits for any number of threads. Dimensions: B batch, T positions, H query heads,
+G key-value heads, K width of queries and keys, E width of values.
 """
 
 import ctypes
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.ops import cpu
+from tinyllm.ops.attention_op import as_operator, empty_heads
 
 FORMATS = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 128
@@ -85,8 +85,7 @@ def attention(
     return y
 
 
-@torch.library.custom_op("tinyllm::flash_attention", mutates_args=(), device_types="cpu")
-def flash_attention(
+def _forward(
     q_BHTK: Tensor,
     k_BGTK: Tensor,
     v_BGTE: Tensor,
@@ -94,18 +93,9 @@ def flash_attention(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return causal attention, (B, H, T, E), and ln sum exp of the scores, (B, H, T) in fp32.
-
-    Args:
-        q_BHTK: queries, bf16 or fp32.
-        k_BGTK: keys; query head h reads key-value head h // (H / G).
-        v_BGTE: values.
-        document_ids: (B, T) int32, contiguous: positions see only their own document; or None.
-        window: a query sees its own position and window - 1 before it; 0: all.
-        scale: of the scores, positive.
-    """
+    """Return attention and log-sum-exp as `as_operator` tells; document_ids contiguous int32."""
     q, k, v = (_rows(x) for x in (q_BHTK, k_BGTK, v_BGTE))
-    o = _empty_heads(q, v.shape[-1])
+    o = empty_heads(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     problem = _problem(q, k, v, o, lse, document_ids, window, scale)
     library, _ = cpu.load()
@@ -113,8 +103,7 @@ def flash_attention(
     return o, lse
 
 
-@torch.library.custom_op("tinyllm::flash_attention_backward", mutates_args=(), device_types="cpu")
-def flash_attention_backward(
+def _backward(
     d_o: Tensor,
     q_BHTK: Tensor,
     k_BGTK: Tensor,
@@ -127,7 +116,7 @@ def flash_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values from that of the output."""
     d_o, q, k, v, o = (_rows(x) for x in (d_o, q_BHTK, k_BGTK, v_BGTE, o_BHTE))
-    gradients = [_empty_heads(x, x.shape[-1]) for x in (q, k, v)]
+    gradients = [empty_heads(x, x.shape[-1]) for x in (q, k, v)]
     problem = _problem(q, k, v, o, lse_BHT.contiguous(), document_ids, window, scale)
     problem.d_o = _heads(d_o)
     problem.d_q, problem.d_k, problem.d_v = (_heads(x) for x in gradients)
@@ -137,65 +126,14 @@ def flash_attention_backward(
     return d_q, d_k, d_v
 
 
-@flash_attention.register_fake
-def _flash_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Tell the compiler the shapes and strides of the results."""
-    return _empty_heads(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@flash_attention_backward.register_fake
-def _flash_attention_backward_fake(
-    d_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    document_ids: Tensor | None,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tell the compiler the shapes and strides of the gradients."""
-    d_q, d_k, d_v = (_empty_heads(x, x.shape[-1]) for x in (q, k, v))
-    return d_q, d_k, d_v
-
-
-def _keep(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, int, float],
-    output: tuple[Tensor, Tensor],
-) -> None:
-    """Keep what the backward pass needs; the scores are computed again there."""
-    q, k, v, document_ids, window, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, document_ids)  # type: ignore[arg-type]
-    ctx.options = (window, scale)  # type: ignore[attr-defined]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(True)
-
-
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, d_o: Tensor, _: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-    """Return a gradient for each argument; the log-sum-exp has none."""
-    q, k, v, o, lse, document_ids = ctx.saved_tensors  # type: ignore[attr-defined]
-    arguments = (d_o, q, k, v, o, lse, document_ids, *ctx.options)  # type: ignore[attr-defined]
-    return (*flash_attention_backward(*arguments), None, None, None)
-
-
-flash_attention.register_autograd(_backward, setup_context=_keep)
+flash_attention, flash_attention_backward = as_operator(
+    "tinyllm::flash_attention", _forward, _backward, "cpu"
+)
 
 
 def _rows(x: Tensor) -> Tensor:
     """Return x with the numbers of a head side by side; other strides are free."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty_heads(like: Tensor, width: int) -> Tensor:
-    """Return memory for (B, heads, T, width) in the order (B, T, heads, width): as layers read."""
-    b, heads, t, _ = like.shape
-    return like.new_empty((b, t, heads, width)).transpose(1, 2)
 
 
 def _heads(x: Tensor) -> _Heads:

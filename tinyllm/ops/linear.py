@@ -1,7 +1,8 @@
 """INT8 arithmetic as callers use it: arguments checked, backend chosen.
 
 Symmetric INT8: weights have one scale per output, activations one per row (per token), both
-absmax / 127. All backends give the same bits. Dimensions: M rows, N outputs, K inputs.
+absmax / 127. All backends give the same bits, but for few rows of 16-bit activations on a card
+(`cuda.bind_linear_w8a8`). Dimensions: M rows, N outputs, K inputs.
 """
 
 from collections.abc import Callable

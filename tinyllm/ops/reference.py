@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MAX_K = 65536
 """Most inputs of a linear layer: K * 255 * 127 < 2^31 keeps every int32 sum from overflowing."""
@@ -106,6 +107,65 @@ def attention(
     scores = (q_BHTK @ k.mT) * scale
     mask = visible(q_BHTK.shape[2], document_ids, window, q_BHTK.device)
     return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return weight * x / sqrt(mean(x^2) + eps), (..., D) in x's format, computed in fp32.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """
+    return F.rms_norm(x.float(), weight_D.shape, weight_D.float(), eps).to(x.dtype)
+
+
+def rope(q_BTHK: Tensor, k_BTGK: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return queries and keys turned as in `turn`."""
+    return turn(q_BTHK, cos, sin), turn(k_BTGK, cos, sin)
+
+
+def turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + K/2) of every head; Su et al. 2021, arXiv:2104.09864, eq. 15.
+
+    Args:
+        x_BTHK: queries or keys.
+        cos: cosines of the positions, (T, K / 2), or (B, T, K / 2) where rows have positions of
+            their own; fp32.
+        sin: sines, likewise.
+
+    Returns:
+        The turned x, dtype kept.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
+    first, second = x_BTHK.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x_BTHK.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up; Shazeer 2020, arXiv:2002.05202, eq. 6."""
+    return F.silu(gate) * up
+
+
+def decode_attention(
+    q_BHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, lengths_B: Tensor, window: int, scale: float
+) -> Tensor:
+    """Return softmax(scale q K^T) V over each sequence's own length, (B, H, K).
+
+    Args:
+        q_BHK: one query per head; head h reads key-value head h // (H / G).
+        k_BGSK: a cache's whole memory, S positions.
+        v_BGSK: likewise.
+        lengths_B: positions that count, the new one among them; integers from 1.
+        window: the last so many of them only; 0: all.
+        scale: of the scores.
+    """
+    behind = lengths_B[:, None] - torch.arange(k_BGSK.shape[2], device=q_BHK.device)
+    seen = behind > 0
+    if window:
+        seen = seen & (behind <= window)
+    shared = q_BHK.shape[1] // k_BGSK.shape[1]
+    k, v = (x.repeat_interleave(shared, dim=1) for x in (k_BGSK, v_BGSK))
+    scores = (q_BHK.unsqueeze(2) @ k.mT) * scale
+    return (scores.masked_fill(~seen[:, None, None], -math.inf).softmax(-1) @ v).squeeze(2)
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Which implementation of an operation runs.
 
-Backends of an operation, fastest first: `cpu` (our C++), `torch` (library calls), `reference`
-(plain torch). `auto` takes the first that has no objection; `TINYLLM_KERNELS` forces one. A choice
-is made once per weight, not once per call, so decoding pays nothing for it.
+Backends of an operation, fastest first: `cuda` (our CUDA C++), `cpu` (our C++), `torch` (library
+calls), `reference` (plain torch). `auto` takes the first that has no objection; `TINYLLM_KERNELS`
+forces one. A choice is made once per weight, not once per call, so decoding pays nothing for it.
 """
 
 import os
@@ -10,12 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tinyllm.errors import TinyllmError
-from tinyllm.ops import adamw8bit, build, cpu, cross_entropy, decode, flash, library, reference
+from tinyllm.ops import (
+    adamw8bit,
+    build,
+    cpu,
+    cross_entropy,
+    cuda,
+    cuda_block_op,
+    cuda_build,
+    cuda_driver,
+    cuda_norm_op,
+    decode,
+    flash,
+    library,
+    reference,
+)
 
-BACKENDS = ("cpu", "torch", "reference")
+BACKENDS = ("cuda", "cpu", "torch", "reference")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +70,16 @@ def _cpu_refuses(tensor: Tensor) -> str | None:
 
 OPERATIONS: Mapping[str, Sequence[Implementation]] = {
     "quantize_per_row": (
+        Implementation(
+            backend="cuda", function=cuda.quantize_per_row, refuses=cuda.refuses_quantize
+        ),
         Implementation(backend="cpu", function=cpu.quantize_per_row, refuses=_cpu_refuses),
         Implementation(
             backend="reference", function=reference.quantize_per_row, refuses=_takes_all
         ),
     ),
     "linear_w8a8": (
+        Implementation(backend="cuda", function=cuda.bind_linear_w8a8, refuses=cuda.refuses_linear),
         Implementation(backend="cpu", function=cpu.bind_linear_w8a8, refuses=_cpu_refuses),
         Implementation(
             backend="torch",
@@ -76,16 +95,40 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
         Implementation(backend="reference", function=decode.no_decode_block, refuses=_takes_all),
     ),
     "adamw8bit": (
+        Implementation(
+            backend="cuda", function=cuda.adamw8bit_step, refuses=cuda.refuses_adamw8bit
+        ),
         Implementation(backend="cpu", function=adamw8bit.step, refuses=adamw8bit.refuses),
         Implementation(backend="reference", function=adamw8bit.reference_step, refuses=_takes_all),
     ),
     "cross_entropy": (
         Implementation(
+            backend="cuda", function=cuda.cross_entropy, refuses=cuda.refuses_cross_entropy
+        ),
+        Implementation(
             backend="cpu", function=cross_entropy.cross_entropy, refuses=cross_entropy.refuses
         ),
         Implementation(backend="reference", function=reference.cross_entropy, refuses=_takes_all),
     ),
+    **{
+        name: (
+            Implementation(backend="cuda", function=ours, refuses=refuses),
+            Implementation(backend="reference", function=plain, refuses=_takes_all),
+        )
+        for name, ours, refuses, plain in (
+            ("rms_norm", cuda_norm_op.rms_norm, cuda_norm_op.refuses, reference.rms_norm),
+            ("rope", cuda_block_op.rope, cuda_block_op.refuses_rope, reference.rope),
+            ("swiglu", cuda_block_op.swiglu, cuda_block_op.refuses_swiglu, reference.swiglu),
+            (
+                "decode_attention",
+                cuda_block_op.decode_attention,
+                cuda_block_op.refuses_decode,
+                reference.decode_attention,
+            ),
+        )
+    },
     "attention": (
+        Implementation(backend="cuda", function=cuda.attention, refuses=cuda.refuses_attention),
         Implementation(backend="cpu", function=flash.attention, refuses=flash.refuses),
         Implementation(backend="torch", function=library.attention, refuses=_takes_all),
         Implementation(backend="reference", function=reference.attention, refuses=_takes_all),
@@ -134,16 +177,26 @@ def function_of(operation: str, backend: str) -> Callable[..., Any]:
     return next(each.function for each in OPERATIONS[operation] if each.backend == backend)
 
 
-def describe() -> list[Row]:
-    """Return what runs on CPU tensors here and why; never compiles or raises.
+def why_not(operation: str, backend: str, subject: Any) -> str | None:
+    """Return why a backend does not serve a subject, None if it does or has no such operation."""
+    for implementation in OPERATIONS[operation]:
+        if implementation.backend == backend:
+            return implementation.refuses(subject)
+    return None
 
-    Where the library is not built yet, its row tells what the first use will do.
+
+def describe() -> list[Row]:
+    """Return what runs here on CPU tensors, then on a card's, and why; never compiles or raises.
+
+    Where a library is not built yet, its row tells what the first use will do.
     """
     try:
         forced = forced_backend()
     except TinyllmError as error:
         return [Row(operation=name, backend="none", why=str(error)) for name in OPERATIONS]
     native_obstacle, native_fact = _native_state()
+    card_obstacle, card_fact = _card_state()
+    obstacles = {"cpu": native_obstacle, "cuda": card_obstacle}
     rows = []
     for operation, implementations in OPERATIONS.items():
         names = [implementation.backend for implementation in implementations]
@@ -151,13 +204,34 @@ def describe() -> list[Row]:
             backend = forced if forced in names else names[-1]
             why = f"TINYLLM_KERNELS={forced}"
             why += "" if backend == forced else f", which has no {operation}"
-            why += f"; {native_obstacle}" if backend == "cpu" and native_obstacle else ""
+            why += f"; {obstacles[backend]}" if obstacles.get(backend) else ""
         elif native_obstacle is not None:
-            backend, why = names[1], f"no native kernels: {native_obstacle}"
+            backend = next(name for name in names if name not in obstacles)
+            why = f"no native kernels: {native_obstacle}"
         else:
             backend, why = "cpu", native_fact
         rows.append(Row(operation=operation, backend=backend, why=why))
+    if card_obstacle is not None:
+        return [*rows, Row(operation="on a GPU", backend="none", why=card_obstacle)]
+    return rows + ([] if forced else _card_rows(card_fact))
+
+
+def _card_rows(card_fact: str) -> list[Row]:
+    """Return what runs on the card's tensors where nothing is forced."""
+    rows = []
+    for operation, implementations in OPERATIONS.items():
+        names = [each.backend for each in implementations if each.backend != "cpu"]
+        why = card_fact if names[0] == "cuda" else "no CUDA kernel of ours"
+        rows.append(Row(operation=f"{operation} on the GPU", backend=names[0], why=why))
     return rows
+
+
+def _card_state() -> tuple[str | None, str]:
+    """Return why our CUDA C++ cannot run here (None if it can) and, if it can, how it is made."""
+    if reason := cuda_driver.obstacle(torch.device("cuda")):
+        return reason, ""
+    architecture = cuda_driver.architecture(torch.cuda.current_device())
+    return None, f"CUDA C++ for {architecture}, compiled by {cuda_build.compiler().name}"
 
 
 def _native_state() -> tuple[str | None, str]:

@@ -1,6 +1,6 @@
-"""AdamW whose two running means are kept in 8 bits, on the CPU.
+"""AdamW whose two running means are kept in 8 bits.
 
-Same states as bitsandbytes' AdamW8bit, which serves CUDA: blocks of 256 numbers, and fp32 for small
+Same states as bitsandbytes' AdamW8bit: blocks of 256 numbers, and fp32 for small
 parameters. Knows nothing about which parameters it gets.
 """
 
@@ -59,8 +59,11 @@ def _empty_state(p: Tensor) -> dict[str, Any]:
     if p.numel() < SMALLEST_8BIT:
         return {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
     blocks = -(-p.numel() // BLOCK)
-    codes = {name: torch.zeros(p.numel(), dtype=torch.uint8) for name in ("m", "v")}
-    return {"step": 0, **codes, "m_scale": torch.zeros(blocks), "v_scale": torch.zeros(blocks)}
+    codes = {
+        name: torch.zeros(p.numel(), dtype=torch.uint8, device=p.device) for name in ("m", "v")
+    }
+    scales = {name: torch.zeros(blocks, device=p.device) for name in ("m_scale", "v_scale")}
+    return {"step": 0, **codes, **scales}
 
 
 def _rates(group: dict[str, Any], step: int) -> Rates:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tinyllm.errors import TrainingError
+from tinyllm.ops.registry import why_not
 from tinyllm.training.adamw8bit import AdamW8bit
 from tinyllm.training.divided import of_one_kind
 from tinyllm.training.muon import Muon
@@ -113,7 +114,7 @@ def _build_adamw(groups: list[dict[str, Any]], params: TrainingParams) -> Optimi
     betas = (params.beta1, params.beta2)
     if params.optimizer != "adamw8bit":
         return torch.optim.AdamW(groups, lr=params.lr, betas=betas, eps=EPS, fused=True)
-    if all(p.device.type == "cpu" for group in groups for p in group["params"]):
+    if all(_is_served(p) for group in groups for p in group["params"]):
         return AdamW8bit(groups, lr=params.lr, betas=betas, eps=EPS)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -125,3 +126,8 @@ def _build_adamw(groups: list[dict[str, Any]], params: TrainingParams) -> Optimi
         ) from None
     build: Callable[..., Optimizer] = AdamW8bitCuda
     return build(groups, lr=params.lr, betas=betas, eps=EPS)
+
+
+def _is_served(p: Tensor) -> bool:
+    """Whether our own step with 8-bit states serves a parameter; else bitsandbytes' has to."""
+    return p.device.type == "cpu" or why_not("adamw8bit", "cuda", p) is None

@@ -1,0 +1,95 @@
+"""Makes a torch operator with a gradient of a pair of native attention kernels.
+
+Autograd and `torch.compile` know such an operator, the latter takes it whole. Dimensions: B batch,
+T positions, H query heads, G key-value heads, K width of queries and keys, E width of values.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Forward = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, int, float],
+    tuple[Tensor, Tensor],
+]
+"""(q, k, v, document_ids, window, scale) to (o, lse)."""
+Backward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, float],
+    tuple[Tensor, Tensor, Tensor],
+]
+"""(d_o, q, k, v, o, lse, document_ids, window, scale) to the gradients of q, k and v."""
+
+
+def as_operator(
+    name: str, forward: Forward, backward: Backward, device_types: str | None
+) -> tuple[Any, Any]:
+    """Return attention as the operator `name`, and its backward pass, `name`_backward.
+
+    The first returns causal attention, (B, H, T, E), and ln sum exp of scores, (B, H, T) in fp32.
+
+    Args:
+        name: such as "tinyllm::flash_attention".
+        forward: q (B, H, T, K), k (B, G, T, K), v (B, G, T, E); query head h reads key-value head
+            h // (H / G); document_ids (B, T) or None: positions see only their own document;
+            window: a query sees its own position and window - 1 before it, 0: all; scale of the
+            scores. Results as `empty_heads` makes them.
+        backward: likewise.
+        device_types: what it runs on; None: anything.
+    """
+    operator = torch.library.custom_op(name, forward, mutates_args=(), device_types=device_types)
+    gradient = torch.library.custom_op(
+        f"{name}_backward", backward, mutates_args=(), device_types=device_types
+    )
+    operator.register_fake(_forward_fake)
+    gradient.register_fake(_backward_fake)
+
+    def run_backward(ctx: Any, d_o: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, o, lse, document_ids = ctx.saved_tensors
+        return (*gradient(d_o, q, k, v, o, lse, document_ids, *ctx.options), None, None, None)
+
+    operator.register_autograd(run_backward, setup_context=_keep)
+    return operator, gradient
+
+
+def empty_heads(like: Tensor, width: int) -> Tensor:
+    """Return memory for (B, heads, T, width) in the order (B, T, heads, width): as layers read."""
+    b, heads, t, _ = like.shape
+    return like.new_empty((b, t, heads, width)).transpose(1, 2)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Tell the compiler the shapes and strides of the results."""
+    return empty_heads(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _backward_fake(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    document_ids: Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tell the compiler the shapes and strides of the gradients."""
+    d_q, d_k, d_v = (empty_heads(x, x.shape[-1]) for x in (q, k, v))
+    return d_q, d_k, d_v
+
+
+def _keep(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, int, float],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    """Keep what the backward pass needs; the scores are computed again there."""
+    q, k, v, document_ids, window, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, document_ids)
+    ctx.options = (window, scale)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(True)
