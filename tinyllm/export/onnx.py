@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyllm.errors import DataError
+from tinyllm.errors import ArtifactError, DataError
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
 
@@ -99,6 +99,25 @@ def write_graph(
         proto = program.model_proto
         save_proto(proto, path)
         return proto
+
+
+def load_proto(path: Path) -> Any:
+    """Return what an ONNX file holds.
+
+    Raises:
+        ArtifactError: it is missing, or damaged.
+    """
+    import onnx
+
+    try:
+        proto = onnx.load(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; build it with `dvc repro export`") from None
+    except Exception as error:  # protobuf's class, whose module is not a dependency of ours
+        raise ArtifactError(f"{path}: not a whole ONNX file: {error}") from None
+    if not proto.graph.output:
+        raise ArtifactError(f"{path}: not a whole ONNX file: it has no outputs")
+    return proto
 
 
 def save_proto(proto: Any, path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tinyllm.errors import DataError
 from tinyllm.export.onnx import LOGITS, LayerPast, past_names, present_names, write_graph
@@ -158,8 +159,8 @@ class _Static(nn.Module):
     ) -> tuple[Tensor, list[LayerPast]]:
         model, config = self.model, self.model.config
         positions_T = position + torch.arange(self.n_new, dtype=torch.int32)
-        cos = model.rope_cos.index_select(0, positions_T)  # `[...]` would become a GatherND
-        sin = model.rope_sin.index_select(0, positions_T)
+        # `rope_cos[positions_T]` would become a GatherND
+        cos, sin = (F.embedding(positions_T, t) for t in (model.rope_cos, model.rope_sin))
         x = model.embed_tokens(input_ids)
         if model.embed_positions is not None:
             x = x + model.embed_positions(positions_T)

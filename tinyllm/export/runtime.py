@@ -43,6 +43,11 @@ def open_session(path: Path, n_threads: int) -> Any:
         raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {reason}") from None
 
 
+def cache_dtype(kind: str) -> type[np.floating[Any]]:
+    """Return what a cache holds, by ONNX Runtime's name: `tensor(float16)` or `tensor(float)`."""
+    return np.float16 if kind == "tensor(float16)" else np.float32
+
+
 class OnnxModel:
     """A session over one file; it holds no state between calls."""
 
@@ -65,11 +70,13 @@ class OnnxModel:
         self._past_names = past_names(self.n_layers)
         self._outputs = [LOGITS, *present_names(self.n_layers)]
         self._past_shapes = [shapes[name] for name in self._past_names]
+        kinds = {node.name: node.type for node in self._session.get_inputs()}
+        self._dtype = cache_dtype(kinds[self._past_names[0]])
 
     def empty_past(self, batch_size: int) -> Past:
         """Return the cache before the first token."""
         return [
-            self._value(np.zeros((batch_size, n_heads, 0, width), np.float32))
+            self._value(np.zeros((batch_size, n_heads, 0, width), self._dtype))
             for _, n_heads, _, width in self._past_shapes
         ]
 

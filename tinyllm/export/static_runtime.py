@@ -4,6 +4,7 @@ What a program on a chip without dynamic shapes does: it owns the cache, and tel
 in it the new tokens stand. Dimensions: T new positions, S slots, V vocabulary.
 """
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,23 @@ import numpy.typing as npt
 
 from tinyllm.errors import DataError
 from tinyllm.export.onnx import LOGITS, past_names, present_names
+from tinyllm.export.onnx_fp16 import round_everything
 from tinyllm.export.onnx_static import DECODE, PREFILL, new_names
-from tinyllm.export.runtime import open_session
+from tinyllm.export.runtime import cache_dtype, open_session
 
 Cache = list[npt.NDArray[Any]]
 """Keys and values of all layers, (1, G, S, K) each, in the order of `past_names`."""
+
+
+def open_rounded(directory: Path, *, n_threads: int) -> "StaticModel":
+    """Open the files of a folder with every result of every operator rounded to fp16.
+
+    What a chip that computes in fp16 sees; `onnx_fp16.py` says why fp16 files do not show it here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (PREFILL, DECODE):
+            round_everything(directory / name, Path(folder) / name)
+        return StaticModel(Path(folder), n_threads=n_threads)
 
 
 class StaticModel:
@@ -39,8 +52,7 @@ class StaticModel:
         n_layers = sum(name.endswith(".key") for name in inputs)
         self._past = past_names(n_layers)
         self._shapes = [inputs[name].shape for name in self._past]
-        kind = inputs[self._past[0]].type
-        self._dtype = np.float16 if kind == "tensor(float16)" else np.float32
+        self._dtype = cache_dtype(inputs[self._past[0]].type)
         self.chunk: int = inputs["input_ids"].shape[1]
         self.n_slots: int = self._shapes[0][2]
         outputs = {node.name for node in self._decode.get_outputs()}
