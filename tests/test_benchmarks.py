@@ -15,6 +15,7 @@ QUICK = (
     "attention",
     "attention_kinds",
     "memory",
+    "onnx_static",
     "throughput",
     "time_to_loss",
     "transformers_equality",

@@ -1,16 +1,16 @@
 """A model as two ONNX files in which every size is a number: for chips that take no other.
 
-`prefill.onnx` reads a chunk of T tokens, `decode.onnx` one. Both take `input_ids` (1, T), `position`
-(1,), the place of the first of them, and per layer the whole cache, `past_key_values.N.key` and
-`.value` (1, G, S, K); S is the model's context. Slot s of the cache belongs to position s, so a mask
-follows from the position: slots behind it are not looked at, whatever they hold. The cache is
-written in one of two ways:
+`prefill.onnx` reads a chunk of T tokens, `decode.onnx` one. Both take `input_ids` (1, T),
+`position` (1,), the place of the first of them, and per layer the whole cache,
+`past_key_values.N.key` and `.value` (1, G, S, K); S is the model's context. Slot s belongs to
+position s, so the mask follows from the position: slots behind it are not looked at, whatever they
+hold. The cache is written in one of two ways:
 
     host    outputs `new.N.key` and `.value` (1, G, T, K); the caller copies them to its buffer
     graph   outputs `present.N.key` and `.value` (1, G, S, K), the cache with them in place
 
-A chunk may be filled up with any tokens at its end: what they write is overwritten before a position
-looks at it. Masks are finite numbers, and RMSNorm has the form that fp16 holds.
+A chunk may be filled up with any tokens at its end: what they write is overwritten before a
+position looks at it. Masks are finite numbers, and RMSNorm has the form that fp16 holds.
 Dimensions: T new positions, S slots, G key-value heads, K head width.
 """
 
@@ -177,7 +177,7 @@ class _Static(nn.Module):
         return model.head(model.norm(x)), [(layer.k, layer.v) for layer in layers]
 
     def _bias(self, slots_S: Tensor, positions_T: Tensor, window: int | None) -> Tensor:
-        """Return 0 where a position looks and `HIDDEN` elsewhere: (T, S), on the host (T, S + T)."""
+        """Return 0 where a position looks, else `HIDDEN`; (T, S), or (T, S + T) on the host."""
         columns, rows_T1 = slots_S, positions_T[:, None]
         if self.writes == "host":  # slots before the chunk, then the chunk itself
             before = slots_S < positions_T[:1]
