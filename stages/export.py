@@ -8,10 +8,10 @@ from stages.runner import console_progress, run_stage
 from tinyllm import paths
 from tinyllm.artifact import build_artifact, load_manifest, verify_files
 from tinyllm.corpus.documents import read_documents
-from tinyllm.export.bundle import HF, ONNX_FLOAT, ONNX_INT8, prove_bundle, write_bundle
+from tinyllm.export.bundle import write_bundle
 from tinyllm.export.params import ExportParams
+from tinyllm.export.proof import prove_bundle
 from tinyllm.export.verify import check_parity
-from tinyllm.model.directory import WEIGHTS
 from tinyllm.params import load_params
 from tinyllm.report import write_metrics
 
@@ -36,13 +36,7 @@ def export() -> None:
         write_bundle(paths.LORA_MERGED, draft.path, params, progress)
         proof = prove_bundle(paths.LORA_MERGED, draft.path, texts, params, progress)
         check_parity(proof.exact, proof.text, params.max_logit_diff)
-    files = {"hf": f"{HF}/{WEIGHTS}", "onnx": ONNX_FLOAT, "onnx_int8": ONNX_INT8}
-    sizes = {
-        f"{name}_bytes": (paths.EXPORT / file).stat().st_size
-        for name, file in files.items()
-        if (paths.EXPORT / file).is_file()
-    }
-    write_metrics(paths.REPORTS, "export", {**proof.to_metrics(), **sizes})
+    write_metrics(paths.REPORTS, "export", proof.to_metrics())
 
 
 if __name__ == "__main__":
