@@ -8,7 +8,7 @@ from stages.runner import console_progress, run_stage
 from tinyllm import paths
 from tinyllm.artifact import build_artifact, load_manifest, verify_files
 from tinyllm.corpus.documents import read_documents
-from tinyllm.export.bundle import write_bundle
+from tinyllm.export.bundle import Adapter, write_bundle
 from tinyllm.export.params import ExportParams
 from tinyllm.export.proof import prove_bundle
 from tinyllm.export.verify import check_parity
@@ -31,9 +31,10 @@ def export() -> None:
     verify_files(paths.CLEAN, load_manifest(paths.CLEAN, "clean"))
     documents = islice(read_documents(paths.CLEAN / "val"), params.prompts)
     texts = [document.text for document in documents]
-    sources = [paths.LORA_MERGED, paths.CLEAN]
+    sources = [paths.LORA_MERGED, paths.LORA_ADAPTER, paths.SFT, paths.CLEAN]
+    adapter = Adapter(paths.SFT, paths.LORA_ADAPTER)
     with build_artifact(paths.EXPORT, kind="export", made_from=sources, config=params) as draft:
-        write_bundle(paths.LORA_MERGED, draft.path, params, progress)
+        write_bundle(paths.LORA_MERGED, draft.path, params, progress, adapter)
         proof = prove_bundle(paths.LORA_MERGED, draft.path, texts, params, progress)
         check_parity(proof.exact, proof.text, params.max_logit_diff)
     write_metrics(paths.REPORTS, "export", proof.to_metrics())

@@ -1,43 +1,78 @@
 """Writes everything that an export holds; `proof.py` then compares it with our own model.
 
 hf/     for transformers
-onnx/   model.onnx, model_int8.onnx, and what a tokenizer and a chat need
+peft/   the adapter and its base, for peft
+onnx/   model.onnx, model_int8.onnx, and what a tokenizer, a chat and ONNX Runtime GenAI need
 """
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-from tinyllm.artifact import load_manifest
+from tinyllm.artifact import load_manifest, write_json
 from tinyllm.export.card import model_card
-from tinyllm.export.formats import HF, ONNX, ONNX_FLOAT, ONNX_INT8
-from tinyllm.export.hf import write_hf
+from tinyllm.export.families import hf_config, hf_refuses
+from tinyllm.export.formats import HF, ONNX, ONNX_FLOAT, ONNX_INT8, PEFT
+from tinyllm.export.genai import GENAI_CONFIG, genai_config, genai_refuses
+from tinyllm.export.hf import generation_config, special_ids, tokenizer_config, write_hf
 from tinyllm.export.onnx import export_onnx
 from tinyllm.export.onnx_int8 import quantize_onnx
 from tinyllm.export.params import ExportParams
-from tinyllm.model.directory import load_model
+from tinyllm.export.peft_folder import peft_refuses, write_peft
+from tinyllm.model.directory import CONFIG, COPIED, load_model
 from tinyllm.model.init import count_parameters
+from tinyllm.model.sizes import ModelConfig
 from tinyllm.progress import Progress
 
 
-def write_bundle(source: Path, directory: Path, params: ExportParams, progress: Progress) -> None:
-    """Write all formats of a float model directory.
+class Adapter(NamedTuple):
+    """A LoRA adapter whose merged model is exported."""
+
+    base: Path
+    """The model directory it was trained on."""
+    folder: Path
+    """The `adapter` artifact."""
+
+
+def write_bundle(
+    source: Path,
+    directory: Path,
+    params: ExportParams,
+    progress: Progress,
+    adapter: Adapter | None = None,
+) -> None:
+    """Write all formats that can hold a float model directory; the table names the others.
 
     Args:
         source: the model directory.
         directory: an artifact's draft.
         params: which formats, and how.
         progress: told what is written.
+        adapter: also written for peft, with its base.
     """
     model, manifest = load_model(source), load_manifest(source)
     facts = {name: value for name, value in manifest.info.items() if type(value) in (int, float)}
     card = model_card(model.config, count_parameters(model), manifest, facts)
-    progress.say("writing the Hugging Face folder")
-    write_hf(source, directory / HF, card)
+    if hf_refuses(model.config) is None:
+        progress.say("writing the Hugging Face folder")
+        write_hf(source, directory / HF, card)
+    if adapter is not None and peft_refuses(model.config) is None:
+        write_peft(*adapter, directory / PEFT, card)
     (directory / ONNX).mkdir()
     progress.say(f"writing ONNX, opset {params.opset}")
     export_onnx(model, directory / ONNX_FLOAT, params.opset)
     if params.onnx_int8:
         quantize_onnx(directory / ONNX_FLOAT, directory / ONNX_INT8)
-    for path in sorted((directory / HF).iterdir()):
-        if path.suffix in {".json", ".jinja"}:
-            shutil.copyfile(path, directory / ONNX / path.name)
+    _write_beside_graphs(source, model.config, directory / ONNX)
+
+
+def _write_beside_graphs(source: Path, config: ModelConfig, folder: Path) -> None:
+    """Write what users of the graphs need: tokenizer, chat template, configurations."""
+    for name in COPIED:
+        shutil.copyfile(source / name, folder / name)
+    if hf_refuses(config) is None:
+        write_json(folder / CONFIG, {**hf_config(config), **special_ids()})
+    write_json(folder / "generation_config.json", generation_config())
+    write_json(folder / "tokenizer_config.json", tokenizer_config(config))
+    if genai_refuses(config) is None:
+        write_json(folder / GENAI_CONFIG, genai_config(config, Path(ONNX_FLOAT).name))

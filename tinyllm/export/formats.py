@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from tinyllm.export.hf_runtime import TransformersModel
+from tinyllm.export.families import hf_refuses
+from tinyllm.export.genai import GenaiModel, genai_refuses
+from tinyllm.export.hf_runtime import PeftAdapter, TransformersModel
+from tinyllm.export.peft_folder import peft_refuses
 from tinyllm.export.runtime import OnnxModel
 from tinyllm.export.verify import Runtime
 from tinyllm.model.sizes import ModelConfig
 
-HF, ONNX = "hf", "onnx"
+HF, PEFT, ONNX = "hf", "peft", "onnx"
 ONNX_FLOAT, ONNX_INT8 = f"{ONNX}/model.onnx", f"{ONNX}/model_int8.onnx"
 
 
@@ -51,9 +54,31 @@ def _onnx(path: Path) -> Runtime:
     return OnnxModel(path, n_threads=1)
 
 
+def _genai(path: Path) -> Runtime:
+    return GenaiModel(path.parent)  # the folder as it is; the row counts the graph it runs
+
+
 FORMATS = (
-    Format(name="transformers", file=HF, module="transformers", open=TransformersModel, exact=True),
+    Format(
+        name="transformers",
+        file=HF,
+        module="transformers",
+        open=TransformersModel,
+        exact=True,
+        refuses=hf_refuses,
+    ),
+    Format(
+        name="peft", file=PEFT, module="peft", open=PeftAdapter, exact=True, refuses=peft_refuses
+    ),
     Format(name="onnx", file=ONNX_FLOAT, module="onnxruntime", open=_onnx, exact=True),
     Format(name="onnx_int8", file=ONNX_INT8, module="onnxruntime", open=_onnx, exact=False),
+    Format(
+        name="onnx_genai",
+        file=ONNX_FLOAT,
+        module="onnxruntime_genai",
+        open=_genai,
+        exact=True,
+        refuses=genai_refuses,
+    ),
 )
 """In the order of the table."""

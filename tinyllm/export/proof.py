@@ -126,7 +126,7 @@ def prove_bundle(
             elif path.exists():
                 progress.say(f"comparing {kind.name}")
                 runtime, unequal = kind.open(path), None
-                if isinstance(runtime, ChatRuntime):
+                if isinstance(runtime, ChatRuntime) and text is None:
                     text = compare_text(tokenizer, template, texts, chats, runtime)
                     unequal = text.unequal_texts
                 elif isinstance(runtime, TextRuntime):
