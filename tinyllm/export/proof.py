@@ -64,15 +64,17 @@ class Proof:
         """The runtimes that must agree with ours."""
         return {name: row.parity for name, row in self.rows.items() if row.exact}
 
-    def to_metrics(self) -> dict[str, Any]:
+    def to_metrics(self, *, speeds: bool = False) -> dict[str, Any]:
         """Return the numbers by format; differences with the digits that mean something.
 
-        Speeds are left out: they belong to the machine, and metrics in Git do not.
+        Args:
+            speeds: also tokens per second. Metrics in Git have none: it belongs to the machine.
         """
         table: dict[str, Any] = {}
         for name, row in self.rows.items():
             numbers = asdict(row.parity)
-            del numbers["tokens_per_s"]
+            if not speeds:
+                del numbers["tokens_per_s"]
             for key in ("max_logit_diff", "max_cached_logit_diff", "divergence_margin", "kl"):
                 numbers[key] = float(f"{numbers[key]:.3g}")
             table[name] = {**numbers, "file_bytes": row.file_bytes}

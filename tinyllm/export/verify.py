@@ -238,9 +238,7 @@ def check_parity(
     if text is not None and text.unequal_chats:
         problems.append(f"chat template: {text.unequal_chats} of {text.chats} conversations differ")
     if problems:
-        raise GateError(
-            "\n".join(f"export: {problem}; the export was not written" for problem in problems)
-        )
+        raise GateError("\n".join(f"export: {problem}" for problem in problems))
 
 
 def cut_prompts(texts: Sequence[list[int]], n_prompts: int, n_tokens: int) -> list[list[int]]:
