@@ -49,7 +49,7 @@ def test_metrics_have_the_parity_table(pipeline):
         assert rows[name]["max_logit_diff"] < 1e-4
     assert rows["onnx_int8"]["max_logit_diff"] > 1e-4
     assert rows["text"]["unequal_texts"] == rows["text"]["unequal_chats"] == 0
-    assert rows["onnx_bytes"] == (paths.EXPORT / "onnx/model.onnx").stat().st_size
+    assert rows["onnx"]["file_bytes"] == (paths.EXPORT / "onnx/model.onnx").stat().st_size
 
 
 def test_difference_above_the_bar_fails_and_keeps_the_old_export(pipeline, monkeypatch):

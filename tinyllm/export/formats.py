@@ -1,0 +1,84 @@
+"""What an export can hold, and what runs each of it: the rows of the parity table.
+
+A new format is one entry of `FORMATS` and the lines of `bundle.py` that write its file. Nothing
+here imports a runtime's package: that happens when a format is opened.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from tinyllm.export.families import hf_refuses
+from tinyllm.export.genai import GenaiModel, genai_refuses
+from tinyllm.export.hf_runtime import PeftAdapter, TransformersModel
+from tinyllm.export.peft_folder import peft_refuses
+from tinyllm.export.runtime import OnnxModel
+from tinyllm.export.verify import Runtime
+from tinyllm.model.sizes import ModelConfig
+
+HF, PEFT, ONNX = "hf", "peft", "onnx"
+ONNX_FLOAT, ONNX_INT8 = f"{ONNX}/model.onnx", f"{ONNX}/model_int8.onnx"
+
+
+def _takes_all(config: ModelConfig) -> str | None:
+    """Refuse nothing."""
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """One row of the parity table."""
+
+    name: str
+    """Of the row and of its metrics."""
+    file: str
+    """A file or folder of the export, relative to it; where it is absent, there is no row."""
+    module: str
+    """The Python module that runs it; where it is not installed, the row says so."""
+    open: Callable[[Path], Runtime]
+    """Opens the file. A runtime that also has `encode` (`TextRuntime`) has its ids compared."""
+    exact: bool
+    """It computes in fp32 with our weights: the stage fails where it differs from ours."""
+    refuses: Callable[[ModelConfig], str | None] = _takes_all
+    """Why the format cannot hold an architecture, and what would work; None: it can."""
+
+    def unavailable(self, config: ModelConfig) -> str | None:
+        """Return why this format cannot be compared here; None: it can."""
+        if reason := self.refuses(config):
+            return f"not supported: {reason}"
+        return None if find_spec(self.module) else f"not installed: {self.module}"
+
+
+def _onnx(path: Path) -> Runtime:
+    return OnnxModel(path, n_threads=1)
+
+
+def _genai(path: Path) -> Runtime:
+    return GenaiModel(path.parent)  # the folder as it is; the row counts the graph it runs
+
+
+FORMATS = (
+    Format(
+        name="transformers",
+        file=HF,
+        module="transformers",
+        open=TransformersModel,
+        exact=True,
+        refuses=hf_refuses,
+    ),
+    Format(
+        name="peft", file=PEFT, module="peft", open=PeftAdapter, exact=True, refuses=peft_refuses
+    ),
+    Format(name="onnx", file=ONNX_FLOAT, module="onnxruntime", open=_onnx, exact=True),
+    Format(name="onnx_int8", file=ONNX_INT8, module="onnxruntime", open=_onnx, exact=False),
+    Format(
+        name="onnx_genai",
+        file=ONNX_FLOAT,
+        module="onnxruntime_genai",
+        open=_genai,
+        exact=True,
+        refuses=genai_refuses,
+    ),
+)
+"""In the order of the table."""
