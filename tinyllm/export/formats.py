@@ -14,11 +14,14 @@ from tinyllm.export.genai import GenaiModel, genai_refuses
 from tinyllm.export.hf_runtime import PeftAdapter, TransformersModel
 from tinyllm.export.peft_folder import peft_refuses
 from tinyllm.export.runtime import OnnxModel
+from tinyllm.export.static_runtime import StaticModel, open_rounded
 from tinyllm.export.verify import Runtime
 from tinyllm.model.sizes import ModelConfig
 
 HF, PEFT, ONNX = "hf", "peft", "onnx"
-ONNX_FLOAT, ONNX_INT8 = f"{ONNX}/model.onnx", f"{ONNX}/model_int8.onnx"
+ONNX_FLOAT, ONNX_FP16 = f"{ONNX}/model.onnx", f"{ONNX}/model_fp16.onnx"
+ONNX_INT8, ONNX_QDQ = f"{ONNX}/model_int8.onnx", f"{ONNX}/model_qdq.onnx"
+ONNX_STATIC = f"{ONNX}/static"
 
 
 def _takes_all(config: ModelConfig) -> str | None:
@@ -54,6 +57,14 @@ def _onnx(path: Path) -> Runtime:
     return OnnxModel(path, n_threads=1)
 
 
+def _static(path: Path) -> Runtime:
+    return StaticModel(path, n_threads=1)
+
+
+def _static_fp16(path: Path) -> Runtime:
+    return open_rounded(path, n_threads=1)
+
+
 def _genai(path: Path) -> Runtime:
     return GenaiModel(path.parent)  # the folder as it is; the row counts the graph it runs
 
@@ -71,7 +82,17 @@ FORMATS = (
         name="peft", file=PEFT, module="peft", open=PeftAdapter, exact=True, refuses=peft_refuses
     ),
     Format(name="onnx", file=ONNX_FLOAT, module="onnxruntime", open=_onnx, exact=True),
+    Format(name="onnx_static", file=ONNX_STATIC, module="onnxruntime", open=_static, exact=True),
+    Format(
+        name="onnx_static_fp16",
+        file=ONNX_STATIC,
+        module="onnxruntime",
+        open=_static_fp16,
+        exact=False,
+    ),
+    Format(name="onnx_fp16", file=ONNX_FP16, module="onnxruntime", open=_onnx, exact=False),
     Format(name="onnx_int8", file=ONNX_INT8, module="onnxruntime", open=_onnx, exact=False),
+    Format(name="onnx_qdq", file=ONNX_QDQ, module="onnxruntime", open=_onnx, exact=False),
     Format(
         name="onnx_genai",
         file=ONNX_FLOAT,

@@ -1,6 +1,7 @@
 """The `export` section of params.yaml."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 OPSETS = range(18, 24)
 """Operator sets that the exporter writes and ONNX Runtime runs; 18 and 20 are the most portable."""
@@ -12,8 +13,15 @@ class ExportParams:
 
     opset: int
     """Version of ONNX's operator set, 18 to 23."""
+    onnx_fp16: bool
+    """Also write `model_fp16.onnx`: weights, cache and arithmetic in 16 bits."""
     onnx_int8: bool
-    """Also write `model_int8.onnx`, for ONNX Runtime only."""
+    """Also write 8-bit weights: `model_int8.onnx`, for ONNX Runtime only, and `model_qdq.onnx`."""
+    onnx_static: Literal["host", "graph"] | None
+    """Also write `static/`, without a free dimension; its cache is written by the host, who calls
+    it, or in the graph. null: neither."""
+    static_chunk: int
+    """Tokens that the static prefill graph reads at once; at most the context."""
     prompts: int
     """Held-out passages to compare on; one conversation is added."""
     prompt_tokens: int
@@ -30,7 +38,7 @@ class ExportParams:
             problems.append(f"opset: {self.opset} is not from {OPSETS[0]} to {OPSETS[-1]}; take 20")
         problems += [
             f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("prompts", "prompt_tokens", "greedy_tokens")
+            for name in ("static_chunk", "prompts", "prompt_tokens", "greedy_tokens")
             if getattr(self, name) < 1
         ]
         if not 0 < self.max_logit_diff < 1:
