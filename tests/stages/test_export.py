@@ -14,8 +14,8 @@ from tinyllm.artifact import load_manifest, verify_files
 from tinyllm.errors import GateError, LineageError
 from tinyllm.export import bundle
 
-PARAMS = """export: {{opset: 20, onnx_fp16: true, onnx_int8: true, onnx_static: host, static_chunk: 8,
-  prompts: 2, prompt_tokens: 16, greedy_tokens: 24, max_logit_diff: {bar}}}
+PARAMS = """export: {{opset: 20, onnx_fp16: true, onnx_int8: true, onnx_static: host,
+  static_chunk: 8, prompts: 2, prompt_tokens: 16, greedy_tokens: 24, max_logit_diff: {bar}}}
 """
 
 
