@@ -173,7 +173,8 @@ class _Static(nn.Module):
         whole = self._bias(slots_S, positions_T, None)
         narrow = self._bias(slots_S, positions_T, config.window)
         for i, (block, layer) in enumerate(zip(model.layers, layers, strict=True)):
-            x = block(x, cos, sin, narrow if i in config.window_layers else whole, layer)
+            bias = narrow if i in config.window_layers else whole
+            x = block(x, cos, sin, bias, None, layer)
         return model.head(model.norm(x)), [(layer.k, layer.v) for layer in layers]
 
     def _bias(self, slots_S: Tensor, positions_T: Tensor, window: int | None) -> Tensor:
