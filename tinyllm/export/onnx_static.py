@@ -75,7 +75,8 @@ def export_static(
             f"{directory}: a chunk of {chunk} tokens is longer than the context of"
             f" {config.max_seq_len}; take a smaller export.static_chunk"
         )
-    model = make_fp16_safe(copy.deepcopy(model))
+    model = copy.deepcopy(model)
+    make_fp16_safe(model)
     n_heads, d_k, d_v = config.cached
     shape = 1, n_heads, config.max_seq_len
     past = [(torch.zeros(*shape, d_k), torch.zeros(*shape, d_v)) for _ in range(config.n_layers)]
