@@ -1,8 +1,10 @@
 """An ONNX file with 8-bit weights in the standard's own operators, made from the float one.
 
-Every stored matrix becomes int8 with one scale per output, and a `DequantizeLinear` in front of its
-product: the form (QDQ) that converters of other runtimes and chips read. `MatMulNBits` of
-`onnx_int8.py` is ONNX Runtime's own; it is faster there.
+Every stored matrix becomes int8 with one scale per output and block of 32 inputs, and a
+`DequantizeLinear` in front of its product: the form (QDQ) that converters of other runtimes and
+chips read; blocks need operator set 21. The numbers are about those of `onnx_int8.py`, whose
+operator is ONNX Runtime's own. One scale per output would do without blocks, but is coarser: on the
+shipped text 98.6 % of the likeliest tokens stay, with blocks 99.2 %.
 
 Activations stay float. Their scales would have to be fixed too, from runs over sample text, and are
 the chip's business: its compiler knows which widths it multiplies, and calibrates with text of its
@@ -13,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tinyllm.export.onnx import load_proto, quiet, save_proto
-from tinyllm.export.onnx_int8 import untie_head
+from tinyllm.export.onnx_int8 import BLOCK, untie_head
 
+OPSET = 21
+"""The first with blocks in `DequantizeLinear`; all other operators mean the same as in 18 to 20."""
 LARGEST = 127
 """Symmetric: -128 is not used, and the zero point is 0."""
 
@@ -38,16 +43,28 @@ def quantize_qdq(source: Path, target: Path) -> None:
         for node in graph.node:
             if node.op_type == "MatMul" and node.input[1] in stored:
                 name = node.input[1]
-                matrix_KN = numpy_helper.to_array(stored[name])
-                scales_N = np.abs(matrix_KN).max(axis=0) / LARGEST
-                scales_N = np.where(scales_N == 0, 1, scales_N).astype(np.float32)
-                rounded_KN = np.rint(matrix_KN / scales_N).astype(np.int8)
+                rounded_KN, scales_BN = _round_blocks(numpy_helper.to_array(stored[name]))
                 graph.initializer.remove(stored.pop(name))
-                for part, array in (("int8", rounded_KN), ("scale", scales_N)):
+                for part, array in (("int8", rounded_KN), ("scale", scales_BN)):
                     graph.initializer.append(numpy_helper.from_array(array, f"{name}_{part}"))
                 parts = [f"{name}_int8", f"{name}_scale"]
-                nodes.append(helper.make_node("DequantizeLinear", parts, [name], axis=1))
+                how = {"axis": 0, "block_size": BLOCK}
+                nodes.append(helper.make_node("DequantizeLinear", parts, [name], **how))
             nodes.append(node)
         del graph.node[:]
         graph.node.extend(nodes)
+        (opset,) = (imported for imported in proto.opset_import if not imported.domain)
+        opset.version = max(opset.version, OPSET)
         save_proto(proto, target)
+
+
+def _round_blocks(
+    matrix_KN: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Return a matrix as integers and the scales of its blocks of rows, (ceil(K / 32), N)."""
+    K, N = matrix_KN.shape
+    blocks = np.pad(matrix_KN, ((0, -K % BLOCK), (0, 0))).reshape(-1, BLOCK, N)
+    scales_BN = np.abs(blocks).max(axis=1) / np.float32(LARGEST)
+    scales_BN[scales_BN == 0] = 1
+    rounded = np.rint(blocks / scales_BN[:, None]).astype(np.int8)
+    return rounded.reshape(-1, N)[:K], scales_BN
