@@ -127,7 +127,7 @@ def parity(references: list[Reference], runner: Runner) -> dict[str, float]:
 def prompts_of(options: argparse.Namespace, vocab_size: int) -> list[list[int]]:
     """Return passages of the text, or random tokens."""
     if options.text is None:
-        return np.random.default_rng(1).integers(0, vocab_size, (4, 64)).tolist()
+        return [list(row) for row in np.random.default_rng(1).integers(0, vocab_size, (4, 64))]
     ids = Tokenizer.load(options.model).encode(options.text.read_text(encoding="utf-8"))
     return cut_prompts([ids], 4, 64)
 

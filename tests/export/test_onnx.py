@@ -163,7 +163,7 @@ def test_qdq_equals_our_model_with_weights_rounded_in_blocks(case):
         "position_ids": np.arange(20)[None],
     }
     feeds |= {name: np.zeros((1, 2, 0, 8), np.float32) for name in past_names(2)}
-    by_the_standard = ReferenceEvaluator(file).run(["logits"], feeds)[0]
+    by_the_standard = ReferenceEvaluator(str(file)).run(["logits"], feeds)[0]
     np.testing.assert_allclose(by_the_standard, logits_of(model, ids), atol=TOLERANCE, rtol=0)
     # ONNX Runtime multiplies in integers here as well: 7 bits and a sign for activations too
     noise = OnnxModel(file, n_threads=1).logits(ids[0].tolist()) - by_the_standard[0]

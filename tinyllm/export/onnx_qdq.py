@@ -48,8 +48,9 @@ def quantize_qdq(source: Path, target: Path) -> None:
                 for part, array in (("int8", rounded_KN), ("scale", scales_BN)):
                     graph.initializer.append(numpy_helper.from_array(array, f"{name}_{part}"))
                 parts = [f"{name}_int8", f"{name}_scale"]
-                how = {"axis": 0, "block_size": BLOCK}
-                nodes.append(helper.make_node("DequantizeLinear", parts, [name], **how))
+                nodes.append(
+                    helper.make_node("DequantizeLinear", parts, [name], axis=0, block_size=BLOCK)
+                )
             nodes.append(node)
         del graph.node[:]
         graph.node.extend(nodes)
