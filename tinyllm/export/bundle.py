@@ -40,7 +40,7 @@ def write_bundle(
     params: ExportParams,
     progress: Progress,
     adapter: Adapter | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write all formats that can hold a float model directory; the table names the others.
 
     Args:
@@ -49,21 +49,29 @@ def write_bundle(
         params: which formats, and how.
         progress: told what is written.
         adapter: also written for peft, with its base.
+
+    Returns:
+        What this adapter cannot be written for, by format: why.
     """
+    skipped = {}
     model, manifest = load_model(source), load_manifest(source)
     facts = {name: value for name, value in manifest.info.items() if type(value) in (int, float)}
     card = model_card(model.config, count_parameters(model), manifest, facts)
     if hf_refuses(model.config) is None:
         progress.say("writing the Hugging Face folder")
         write_hf(source, directory / HF, card)
-    if adapter is not None and peft_refuses(model.config) is None:
-        write_peft(*adapter, directory / PEFT, card)
+    if adapter is not None:
+        if reason := peft_refuses(model.config, adapter.folder):
+            skipped["peft"] = f"not supported: {reason}"
+        else:
+            write_peft(*adapter, directory / PEFT, card)
     (directory / ONNX).mkdir()
     progress.say(f"writing ONNX, opset {params.opset}")
     export_onnx(model, directory / ONNX_FLOAT, params.opset)
     if params.onnx_int8:
         quantize_onnx(directory / ONNX_FLOAT, directory / ONNX_INT8)
     _write_beside_graphs(source, model.config, directory / ONNX)
+    return skipped
 
 
 def _write_beside_graphs(source: Path, config: ModelConfig, folder: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from tinyllm.export.families import hf_refuses
 from tinyllm.export.genai import GenaiModel, genai_refuses
 from tinyllm.export.hf_runtime import PeftAdapter, TransformersModel
-from tinyllm.export.peft_folder import peft_refuses
 from tinyllm.export.runtime import OnnxModel
 from tinyllm.export.verify import Runtime
 from tinyllm.model.sizes import ModelConfig
@@ -67,9 +66,7 @@ FORMATS = (
         exact=True,
         refuses=hf_refuses,
     ),
-    Format(
-        name="peft", file=PEFT, module="peft", open=PeftAdapter, exact=True, refuses=peft_refuses
-    ),
+    Format(name="peft", file=PEFT, module="peft", open=PeftAdapter, exact=True),
     Format(name="onnx", file=ONNX_FLOAT, module="onnxruntime", open=_onnx, exact=True),
     Format(name="onnx_int8", file=ONNX_INT8, module="onnxruntime", open=_onnx, exact=False),
     Format(
