@@ -14,7 +14,8 @@ CUT = " …"
 """Ends one that was cut."""
 ROWS = (
     *("train", "val", "sft · train", "sft · val", "lora · train", "lora · val"),
-    *("pretrain", "sft", "lora", "lora_bf16", "int8", "transformers", "onnx", "onnx_int8"),
+    *("pretrain", "sft", "lora", "lora_bf16", "int8"),
+    *("ours", "ours_int8", "transformers", "peft", "onnx", "onnx_int8", "onnx_genai"),
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),
 )
 """The order of rows; JSON files have theirs by name."""
