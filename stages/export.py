@@ -1,4 +1,4 @@
-"""export: data/models/lora/merged -> data/export/{hf,onnx}, proven on text of data/clean/val."""
+"""export: data/models/lora/merged -> data/export/{hf,onnx,gguf}, proven on data/clean/val."""
 
 import os
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """A tiny model directory with a real tokenizer, for the export tests."""
 
+from functools import cache
+
 import torch
 from tiny_lm import tiny_model
 from tiny_text import made_up_text, tiny_tokenizer
@@ -39,14 +41,19 @@ def write_clean(folder, seed=1):
             write_documents(draft.path / split, documents)
 
 
+@cache
+def _tokenizer():
+    return tiny_tokenizer(400)
+
+
 def write_model(folder, clean, **changes):
-    tokenizer = tiny_tokenizer(400)
+    tokenizer = _tokenizer()
     _write(folder, "lora", [clean], tokenizer, lively_model(tokenizer.vocab_size, **changes))
 
 
 def write_adapted(folder, clean, targets=None, **changes):
     """Write sft, an adapter of it with no neutral value, and both merged: lora."""
-    tokenizer = tiny_tokenizer(400)
+    tokenizer = _tokenizer()
     model = lively_model(tokenizer.vocab_size, **changes)
     _write(folder / "sft", "sft", [clean], tokenizer, model)
     add_lora(model, Lora(targets), seed=5)

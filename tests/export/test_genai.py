@@ -20,7 +20,13 @@ from tinyllm.progress import Silent
 from tinyllm.tokenizer.tokenizer import Tokenizer
 
 PARAMS = ExportParams(
-    opset=20, onnx_int8=False, prompts=1, prompt_tokens=8, greedy_tokens=6, max_logit_diff=1e-4
+    opset=20,
+    onnx_int8=False,
+    gguf=(),
+    prompts=1,
+    prompt_tokens=8,
+    greedy_tokens=6,
+    max_logit_diff=1e-4,
 )
 
 

@@ -3,6 +3,7 @@
 hf/     for transformers
 peft/   the adapter and its base, for peft
 onnx/   model.onnx, model_int8.onnx, and what a tokenizer, a chat and ONNX Runtime GenAI need
+gguf/   model_f32.gguf, ..., each whole in itself, for llama.cpp
 """
 
 import shutil
@@ -12,8 +13,10 @@ from typing import NamedTuple
 from tinyllm.artifact import load_manifest, write_json
 from tinyllm.export.card import model_card
 from tinyllm.export.families import hf_config, hf_refuses
-from tinyllm.export.formats import HF, ONNX, ONNX_FLOAT, ONNX_INT8, PEFT
+from tinyllm.export.formats import GGUF, HF, ONNX, ONNX_FLOAT, ONNX_INT8, PEFT
 from tinyllm.export.genai import GENAI_CONFIG, genai_config, genai_refuses
+from tinyllm.export.gguf import write_gguf
+from tinyllm.export.gguf_layout import gguf_refusal
 from tinyllm.export.hf import generation_config, special_ids, tokenizer_config, write_hf
 from tinyllm.export.onnx import export_onnx
 from tinyllm.export.onnx_int8 import quantize_onnx
@@ -71,6 +74,11 @@ def write_bundle(
     if params.onnx_int8:
         quantize_onnx(directory / ONNX_FLOAT, directory / ONNX_INT8)
     _write_beside_graphs(source, model.config, directory / ONNX)
+    if gguf_refusal(model.config) is None:
+        for kind in params.gguf:
+            progress.say(f"writing {GGUF[kind]}")
+            (directory / GGUF[kind]).parent.mkdir(exist_ok=True)
+            write_gguf(source, directory / GGUF[kind], kind)
     return skipped
 
 

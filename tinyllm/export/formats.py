@@ -11,13 +11,21 @@ from pathlib import Path
 
 from tinyllm.export.families import hf_refuses
 from tinyllm.export.genai import GenaiModel, genai_refuses
+from tinyllm.export.gguf_layout import gguf_refusal
 from tinyllm.export.hf_runtime import PeftAdapter, TransformersModel
+from tinyllm.export.llamacpp_runtime import LlamaCppModel
+from tinyllm.export.params import GgufType
 from tinyllm.export.runtime import OnnxModel
 from tinyllm.export.verify import Runtime
 from tinyllm.model.sizes import ModelConfig
 
 HF, PEFT, ONNX = "hf", "peft", "onnx"
 ONNX_FLOAT, ONNX_INT8 = f"{ONNX}/model.onnx", f"{ONNX}/model_int8.onnx"
+GGUF: dict[GgufType, str] = {
+    "f32": "gguf/model_f32.gguf",
+    "f16": "gguf/model_f16.gguf",
+    "q8_0": "gguf/model_q8_0.gguf",
+}
 
 
 def _takes_all(config: ModelConfig) -> str | None:
@@ -42,15 +50,17 @@ class Format:
     refuses: Callable[[ModelConfig], str | None] = _takes_all
     """Why the format cannot hold an architecture, and what would work; None: it can."""
 
-    def unavailable(self, config: ModelConfig) -> str | None:
-        """Return why this format cannot be compared here; None: it can."""
-        if reason := self.refuses(config):
-            return f"not supported: {reason}"
-        return None if find_spec(self.module) else f"not installed: {self.module}"
+    def is_installed(self) -> bool:
+        """Return whether its runtime is."""
+        return find_spec(self.module) is not None
 
 
 def _onnx(path: Path) -> Runtime:
     return OnnxModel(path, n_threads=1)
+
+
+def _gguf(path: Path) -> Runtime:
+    return LlamaCppModel(path, n_threads=1)
 
 
 def _genai(path: Path) -> Runtime:
@@ -76,6 +86,17 @@ FORMATS = (
         open=_genai,
         exact=True,
         refuses=genai_refuses,
+    ),
+    *(
+        Format(
+            name=f"gguf_{kind}",
+            file=file,
+            module="llama_cpp",
+            open=_gguf,
+            exact=kind == "f32",
+            refuses=gguf_refusal,
+        )
+        for kind, file in GGUF.items()
     ),
 )
 """In the order of the table."""

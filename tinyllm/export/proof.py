@@ -125,8 +125,10 @@ def prove_bundle(
             missing["ours_int8"] = f"not supported: {error}"
         for kind in FORMATS:
             path = directory / kind.file
-            if reason := kind.unavailable(model.config):
-                missing[kind.name] = reason
+            if reason := kind.refuses(model.config):
+                missing[kind.name] = f"not supported: {reason}"
+            elif path.exists() and not kind.is_installed():
+                missing[kind.name] = f"not installed: {kind.module}"
             elif path.exists():
                 progress.say(f"comparing {kind.name}")
                 runtime, unequal = kind.open(path), None

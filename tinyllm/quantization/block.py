@@ -30,7 +30,13 @@ class Int8Block(Prepared, Block):
             self.add_module(name, part)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        document_ids: Tensor | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """Return the block's output, (B, T, D); arguments as in `Attention.forward`."""
         if cache is not None and mask is None and _is_one_token(x):
@@ -38,7 +44,7 @@ class Int8Block(Prepared, Block):
             if decode is not None:
                 qkv, k, v = decode.project(x, cos, sin)
                 return decode.finish(x, qkv, *cache.append(k, v))
-        return super().forward(x, cos, sin, mask, cache)
+        return super().forward(x, cos, sin, mask, document_ids, cache)
 
     def _decode_block(self) -> DecodeBlock | None:
         """Return the whole block for decoding, None where it has to go layer by layer."""
