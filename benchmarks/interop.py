@@ -143,7 +143,7 @@ def measure(
     kind: str, work: Path, document: str, held_out: list[str], ids: torch.Tensor, quick: bool
 ) -> tuple[Proof, dict[str, Any]]:
     """Return the table and the further figures of one architecture."""
-    loss = write_models(kind, work, document, ids, n_steps=30 if quick else 300)
+    loss = write_models(kind, work, document, ids, n_steps=30 if quick else 600)
     settings = read_yaml(ROOT / "params.yaml")["export"]
     if quick:
         settings = {**settings, "prompts": 1, "prompt_tokens": 16, "greedy_tokens": 24}
