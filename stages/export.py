@@ -1,4 +1,4 @@
-"""export: data/models/lora/merged -> data/export/{hf,onnx}, proven on text of data/clean/val."""
+"""export: data/models/lora/merged -> data/export/{hf,onnx,gguf}, proven on data/clean/val."""
 
 import os
 from dataclasses import dataclass
@@ -33,8 +33,9 @@ def export() -> None:
     sources = [paths.LORA_MERGED, paths.LORA_ADAPTER, paths.SFT, paths.CLEAN]
     adapter = Adapter(paths.SFT, paths.LORA_ADAPTER)
     with build_artifact(paths.EXPORT, kind="export", made_from=sources, config=params) as draft:
-        write_bundle(paths.LORA_MERGED, draft.path, params, progress, adapter)
-        proof = prove_bundle(paths.LORA_MERGED, draft.path, texts, params, progress)
+        skipped = write_bundle(paths.LORA_MERGED, draft.path, params, progress, adapter)
+        proof = prove_bundle(paths.LORA_MERGED, draft.path, texts, params, progress, skipped)
+        draft.info["skipped"] = skipped
         Console(stderr=True).print(parity_table(proof, params.max_logit_diff))
         check_parity(proof.exact, proof.text, params.max_logit_diff)
     write_metrics(paths.REPORTS, "export", proof.to_metrics())

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from rich.table import Table
 
 from tinyllm import paths
-from tinyllm.artifact import load_manifest, merge_lineage, verify_files
+from tinyllm.artifact import Manifest, load_manifest, merge_lineage, verify_files
 from tinyllm.corpus.documents import read_documents
 from tinyllm.errors import DataError, LineageError
 from tinyllm.export.bundle import write_bundle
@@ -66,8 +66,8 @@ def verify_model(
     params = export_params()
     texts = _held_out(model_dir, text)
     if export_dir is not None:
-        _require_export_of(model_dir, export_dir)
-        return prove_bundle(model_dir, export_dir, texts, params, progress)
+        skipped = _require_export_of(model_dir, export_dir).info.get("skipped")
+        return prove_bundle(model_dir, export_dir, texts, params, progress, skipped)
     with TemporaryDirectory() as folder:
         write_bundle(model_dir, Path(folder), params, progress)
         return prove_bundle(model_dir, Path(folder), texts, params, progress)
@@ -124,8 +124,8 @@ def _held_out(model_dir: Path, text: Path | None) -> list[str]:
     return held_out_texts()
 
 
-def _require_export_of(model_dir: Path, export_dir: Path) -> None:
-    """Refuse the export of another model, and a damaged one."""
+def _require_export_of(model_dir: Path, export_dir: Path) -> Manifest:
+    """Return the manifest of an export; refuse that of another model, and a damaged one."""
     model, manifest = load_manifest(model_dir), load_manifest(export_dir, "export")
     exported = manifest.lineage.get(model.kind, "none")
     if exported != model.digest:
@@ -134,3 +134,4 @@ def _require_export_of(model_dir: Path, export_dir: Path) -> None:
             f" {model.digest[:12]}; export it again or name its own model directory"
         )
     verify_files(export_dir, manifest)
+    return manifest

@@ -154,6 +154,7 @@ def test_params_refuse_by_name():
         "onnx_fp16": True,
         "onnx_static": None,
         "static_chunk": 8,
+        "gguf": ("f32",),
         "prompts": 3,
         "prompt_tokens": 8,
         "greedy_tokens": 8,

@@ -4,6 +4,7 @@ hf/     for transformers
 peft/   the adapter and its base, for peft
 onnx/   model.onnx in fp32, fp16 and 8 bits (two forms), fixed sizes in static/, and what
         a tokenizer, a chat and ONNX Runtime GenAI need
+gguf/   model_f32.gguf, ..., each whole in itself, for llama.cpp
 """
 
 import shutil
@@ -14,6 +15,7 @@ from tinyllm.artifact import load_manifest, write_json
 from tinyllm.export.card import model_card
 from tinyllm.export.families import hf_config, hf_refuses
 from tinyllm.export.formats import (
+    GGUF,
     HF,
     ONNX,
     ONNX_FLOAT,
@@ -24,6 +26,8 @@ from tinyllm.export.formats import (
     PEFT,
 )
 from tinyllm.export.genai import GENAI_CONFIG, genai_config, genai_refuses
+from tinyllm.export.gguf import write_gguf
+from tinyllm.export.gguf_layout import gguf_refusal
 from tinyllm.export.hf import generation_config, special_ids, tokenizer_config, write_hf
 from tinyllm.export.onnx import export_onnx
 from tinyllm.export.onnx_fp16 import to_fp16
@@ -53,7 +57,7 @@ def write_bundle(
     params: ExportParams,
     progress: Progress,
     adapter: Adapter | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write all formats that can hold a float model directory; the table names the others.
 
     Args:
@@ -62,15 +66,22 @@ def write_bundle(
         params: which formats, and how.
         progress: told what is written.
         adapter: also written for peft, with its base.
+
+    Returns:
+        What this adapter cannot be written for, by format: why.
     """
+    skipped = {}
     model, manifest = load_model(source), load_manifest(source)
     facts = {name: value for name, value in manifest.info.items() if type(value) in (int, float)}
     card = model_card(model.config, count_parameters(model), manifest, facts)
     if hf_refuses(model.config) is None:
         progress.say("writing the Hugging Face folder")
         write_hf(source, directory / HF, card)
-    if adapter is not None and peft_refuses(model.config) is None:
-        write_peft(*adapter, directory / PEFT, card)
+    if adapter is not None:
+        if reason := peft_refuses(model.config, adapter.folder):
+            skipped["peft"] = f"not supported: {reason}"
+        else:
+            write_peft(*adapter, directory / PEFT, card)
     (directory / ONNX).mkdir()
     progress.say(f"writing ONNX, opset {params.opset}")
     export_onnx(model, directory / ONNX_FLOAT, params.opset)
@@ -90,6 +101,12 @@ def write_bundle(
             writes=params.onnx_static,
         )
     _write_beside_graphs(source, model.config, directory / ONNX)
+    if gguf_refusal(model.config) is None:
+        for kind in params.gguf:
+            progress.say(f"writing {GGUF[kind]}")
+            (directory / GGUF[kind]).parent.mkdir(exist_ok=True)
+            write_gguf(source, directory / GGUF[kind], kind)
+    return skipped
 
 
 def _write_beside_graphs(source: Path, config: ModelConfig, folder: Path) -> None:

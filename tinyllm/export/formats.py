@@ -11,8 +11,10 @@ from pathlib import Path
 
 from tinyllm.export.families import hf_refuses
 from tinyllm.export.genai import GenaiModel, genai_refuses
+from tinyllm.export.gguf_layout import gguf_refusal
 from tinyllm.export.hf_runtime import PeftAdapter, TransformersModel
-from tinyllm.export.peft_folder import peft_refuses
+from tinyllm.export.llamacpp_runtime import LlamaCppModel
+from tinyllm.export.params import GgufType
 from tinyllm.export.runtime import OnnxModel
 from tinyllm.export.static_runtime import StaticModel, open_rounded
 from tinyllm.export.verify import Runtime
@@ -22,6 +24,11 @@ HF, PEFT, ONNX = "hf", "peft", "onnx"
 ONNX_FLOAT, ONNX_FP16 = f"{ONNX}/model.onnx", f"{ONNX}/model_fp16.onnx"
 ONNX_INT8, ONNX_QDQ = f"{ONNX}/model_int8.onnx", f"{ONNX}/model_qdq.onnx"
 ONNX_STATIC = f"{ONNX}/static"
+GGUF: dict[GgufType, str] = {
+    "f32": "gguf/model_f32.gguf",
+    "f16": "gguf/model_f16.gguf",
+    "q8_0": "gguf/model_q8_0.gguf",
+}
 
 
 def _takes_all(config: ModelConfig) -> str | None:
@@ -46,11 +53,9 @@ class Format:
     refuses: Callable[[ModelConfig], str | None] = _takes_all
     """Why the format cannot hold an architecture, and what would work; None: it can."""
 
-    def unavailable(self, config: ModelConfig) -> str | None:
-        """Return why this format cannot be compared here; None: it can."""
-        if reason := self.refuses(config):
-            return f"not supported: {reason}"
-        return None if find_spec(self.module) else f"not installed: {self.module}"
+    def is_installed(self) -> bool:
+        """Return whether its runtime is."""
+        return find_spec(self.module) is not None
 
 
 def _onnx(path: Path) -> Runtime:
@@ -63,6 +68,10 @@ def _static(path: Path) -> Runtime:
 
 def _static_fp16(path: Path) -> Runtime:
     return open_rounded(path, n_threads=1)
+
+
+def _gguf(path: Path) -> Runtime:
+    return LlamaCppModel(path, n_threads=1)
 
 
 def _genai(path: Path) -> Runtime:
@@ -78,9 +87,7 @@ FORMATS = (
         exact=True,
         refuses=hf_refuses,
     ),
-    Format(
-        name="peft", file=PEFT, module="peft", open=PeftAdapter, exact=True, refuses=peft_refuses
-    ),
+    Format(name="peft", file=PEFT, module="peft", open=PeftAdapter, exact=True),
     Format(name="onnx", file=ONNX_FLOAT, module="onnxruntime", open=_onnx, exact=True),
     Format(name="onnx_static", file=ONNX_STATIC, module="onnxruntime", open=_static, exact=True),
     Format(
@@ -100,6 +107,17 @@ FORMATS = (
         open=_genai,
         exact=True,
         refuses=genai_refuses,
+    ),
+    *(
+        Format(
+            name=f"gguf_{kind}",
+            file=file,
+            module="llama_cpp",
+            open=_gguf,
+            exact=kind == "f32",
+            refuses=gguf_refusal,
+        )
+        for kind, file in GGUF.items()
     ),
 )
 """In the order of the table."""

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+GgufType = Literal["f32", "f16", "q8_0"]
+"""How a GGUF file stores matrices: exactly, in half precision, in 8 bits with a scale per 32."""
+
 OPSETS = range(18, 24)
 """Operator sets that the exporter writes and ONNX Runtime runs; 18 and 20 are the most portable."""
 
@@ -22,6 +25,8 @@ class ExportParams:
     it, or in the graph. null: neither."""
     static_chunk: int
     """Tokens that the static prefill graph reads at once; at most the context."""
+    gguf: tuple[GgufType, ...]
+    """Files for llama.cpp, one per type; none where it has no such architecture."""
     prompts: int
     """Held-out passages to compare on; one conversation is added."""
     prompt_tokens: int

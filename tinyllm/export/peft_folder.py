@@ -10,6 +10,7 @@
 model again.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,14 +26,28 @@ from tinyllm.model.directory import load_config
 from tinyllm.model.sizes import ModelConfig
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
+"""What peft 0.21 renames in every model of this class: `transformers_weight_conversion.py`."""
 
 
-def peft_refuses(config: ModelConfig) -> str | None:
-    """Return why our adapter has no place in transformers' class, or None."""
+def peft_refuses(config: ModelConfig, adapter: Path) -> str | None:
+    """Return why peft cannot put an adapter of ours on transformers' class, or None.
+
+    Args:
+        config: the base's sizes.
+        adapter: an `adapter` artifact.
+    """
     if reason := hf_refuses(config):
         return reason
-    if family_of(config) == "gpt2":
-        return "GPT2LMHeadModel has one matrix for q, k and v, our adapter three; export it merged"
+    family = family_of(config)
+    if family == "gpt2":
+        return "GPT2LMHeadModel has one matrix for q, k and v, our adapter three; hf/ has it merged"
+    targets = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8"))["target_modules"]
+    if family == "deepseek_v3" and (layers := sorted(set(targets) & _EXPERTS)):
+        return (
+            f"peft takes {', '.join(layers)} of DeepSeek-V3 for experts, also where all are dense;"
+            " lora.targets with attention layers only works, and hf/ has it merged"
+        )
     return None
 
 

@@ -1,6 +1,6 @@
 """The parity table: every format of an export, run beside our own model on held-out text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ def prove_bundle(
     texts: Sequence[str],
     params: ExportParams,
     progress: Progress,
+    skipped: Mapping[str, str] | None = None,
 ) -> Proof:
     """Run every format beside our own model.
 
@@ -100,6 +101,7 @@ def prove_bundle(
         texts: held-out text, at least one.
         params: how much to compare.
         progress: told what is compared.
+        skipped: formats that `write_bundle` could not write, with the reason.
     """
     model, tokenizer = load_model(source), Tokenizer.load(source)
     template = ChatTemplate.load(source)
@@ -112,7 +114,7 @@ def prove_bundle(
     chats = _chats([tokenizer.decode(prompt) for prompt in prompts])
     greeting, _ = template.encode(chats[0], tokenizer, add_generation_prompt=True)
     rows: dict[str, Row] = {}
-    missing: dict[str, str] = {}
+    missing = dict(skipped or {})
     text = None
     with _one_thread():
         references = build_references(model, [*prompts, greeting[:longest]], params.greedy_tokens)
@@ -123,8 +125,10 @@ def prove_bundle(
             missing["ours_int8"] = f"not supported: {error}"
         for kind in FORMATS:
             path = directory / kind.file
-            if reason := kind.unavailable(model.config):
-                missing[kind.name] = reason
+            if reason := kind.refuses(model.config):
+                missing[kind.name] = f"not supported: {reason}"
+            elif path.exists() and not kind.is_installed():
+                missing[kind.name] = f"not installed: {kind.module}"
             elif path.exists():
                 progress.say(f"comparing {kind.name}")
                 runtime, unequal = kind.open(path), None
