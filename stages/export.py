@@ -13,7 +13,7 @@ from tinyllm.export.params import ExportParams
 from tinyllm.export.proof import prove_bundle
 from tinyllm.export.verify import check_parity
 from tinyllm.params import load_params
-from tinyllm.parity import held_out_texts, parity_table
+from tinyllm.parity import held_out_texts, missing_lines, parity_table
 from tinyllm.report import write_metrics
 
 
@@ -37,6 +37,8 @@ def export() -> None:
         proof = prove_bundle(paths.LORA_MERGED, draft.path, texts, params, progress, skipped)
         draft.info["skipped"] = skipped
         Console(stderr=True).print(parity_table(proof, params.max_logit_diff))
+        for line in missing_lines(proof):
+            progress.say(line)
         check_parity(proof.exact, proof.text, params.max_logit_diff)
     write_metrics(paths.REPORTS, "export", proof.to_metrics())
 

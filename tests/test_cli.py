@@ -270,6 +270,7 @@ def test_verify_prints_the_table_and_refuses_another_models_export(run, model_di
         for name in ("ours", "ours_int8", "transformers", "onnx"):
             assert name in done.stdout
             assert rows[name]["tokens_per_s"] > 0
+        assert max(map(len, done.stdout.splitlines())) <= 80
         with build_artifact(tmp_path / "export", kind="export", made_from=[model_dir]) as draft:
             (draft.path / "hf").mkdir()
         other = write_model_dir(tmp_path / "other", seed=4)

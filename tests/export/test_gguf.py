@@ -10,17 +10,15 @@ import tokenizers
 import torch
 from export_case import write_clean, write_model
 from gguf import GGMLQuantizationType as Stored
-from gguf_case import FORMS, LATENT, LINEAR, LOW_RANK, YARN
+from gguf_case import FORMS, LATENT, LINEAR, LOW_RANK, YARN, expected_tensors
 from tiny_lm import tiny_config
 from tiny_text import made_up_text
 
 from tinyllm.artifact import build_artifact, load_manifest
 from tinyllm.errors import ArtifactError, DataError, LineageError
 from tinyllm.export import gguf as exported
-from tinyllm.export.families import family_of
 from tinyllm.export.gguf import check_gguf, read_gguf, write_gguf
 from tinyllm.export.gguf_layout import architecture_of, gguf_refusal
-from tinyllm.export.hf_weights import to_hf
 from tinyllm.model.directory import load_config, load_model, load_weights
 from tinyllm.tokenizer.tokenizer import Tokenizer
 
@@ -50,36 +48,6 @@ def file_of(sources):
 
 def value(reader, key):
     return reader.get_field(key).contents()
-
-
-def permuted(w, n_heads):
-    """llama.cpp's conversion script does this to q and k of a Llama."""
-    return w.reshape(n_heads, 2, w.shape[0] // n_heads // 2, -1).swapaxes(1, 2).reshape(w.shape)
-
-
-def expected_tensors(source):
-    """The weights under the names that the gguf package gives to those of transformers."""
-    config, _ = load_config(source)
-    weights = to_hf(load_weights(source), config, family_of(config))
-    architecture = {name: a for a, name in gguf.MODEL_ARCH_NAMES.items()}[architecture_of(config)]
-    names = gguf.get_tensor_name_map(architecture, config.n_layers)
-    tensors = {}
-    for hf, weight in weights.items():
-        name, w = names.get_name(hf, try_suffixes=(".weight",)), weight.double().numpy()
-        if name.endswith("attn_kv_b.weight"):
-            heads = w.reshape(config.n_heads, -1, w.shape[1])
-            keys, values = heads[:, : config.mla.d_nope], heads[:, config.mla.d_nope :]
-            tensors[name.replace("kv_b", "k_b")] = keys.swapaxes(1, 2)
-            tensors[name.replace("kv_b", "v_b")] = values
-        elif architecture == gguf.MODEL_ARCH.LLAMA and name.endswith(("attn_q.weight", "k.weight")):
-            heads = config.n_heads if "attn_q" in name else config.n_kv_heads
-            tensors[name] = permuted(w, heads)
-        else:
-            tensors[name] = w
-        if config.mla and name.endswith(("attn_kv_a_mqa.weight", "attn_q_a.weight")):
-            n_latent = config.mla.kv_rank if "kv_a" in name else len(w)
-            tensors[name][:n_latent] *= (config.norm_eps / 1e-6) ** 0.5
-    return tensors
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -80,7 +80,7 @@ def test_fewer_bits_cost_what_their_rounding_costs(sources, references, form, ki
         ours_rounded = np.concatenate([rounded(torch.tensor([text]))[0] for text in texts])
     # llama.cpp rounds what a matrix multiplies like the matrix itself: two errors of one size
     expected, error = np.sqrt(2) * (ours_rounded - ours).std(), (theirs - ours).std()
-    assert expected / 2 < error < 2 * expected
+    assert expected / 1.5 < error < 1.5 * expected
     p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (ours, theirs))
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     assert kl < error**2  # to second order it is half the variance under p

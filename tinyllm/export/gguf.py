@@ -96,7 +96,7 @@ def read_gguf(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise ArtifactError(
             f"{path}: truncated or no GGUF file ({reason}); write or download it again"
         ) from None
