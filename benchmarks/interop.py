@@ -61,6 +61,7 @@ MLA = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 TARGETS = {"gqa": None, "qk_norm": None, "mla": MLA}
 """Layers of the adapter; peft takes no others of DeepSeek-V3 (`peft_refuses`)."""
 SIZES = {"d": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 320}
+STEPS, QUICK_STEPS = 600, 8
 SEQ_LEN, BATCH, LR, HELD_OUT_EVERY = 128, 8, 3e-3, 8
 
 
@@ -105,7 +106,8 @@ def train(model: Transformer, ids: torch.Tensor, n_steps: int, seed: int) -> flo
 
 def write_models(kind: str, folder: Path, document: str, ids: torch.Tensor, n_steps: int) -> float:
     """Train a base and an adapter; write base, adapter and merged; return the base's loss."""
-    params = {**read_yaml(ROOT / "params.yaml")["model"], **SIZES, **KINDS[kind]}
+    sizes = SIZES if n_steps > QUICK_STEPS else {**SIZES, "n_layers": 1}
+    params = {**read_yaml(ROOT / "params.yaml")["model"], **sizes, **KINDS[kind]}
     config = resolve(build_params(ModelParams, params, "model"), Tokenizer(document).vocab_size)
     model = build_model(config, seed=1)
     loss = train(model, ids, n_steps, seed=1)
@@ -143,7 +145,7 @@ def measure(
     kind: str, work: Path, document: str, held_out: list[str], ids: torch.Tensor, quick: bool
 ) -> tuple[Proof, dict[str, Any]]:
     """Return the table and the further figures of one architecture."""
-    loss = write_models(kind, work, document, ids, n_steps=30 if quick else 600)
+    loss = write_models(kind, work, document, ids, n_steps=QUICK_STEPS if quick else STEPS)
     settings = read_yaml(ROOT / "params.yaml")["export"]
     if quick:
         settings = {**settings, "prompts": 1, "prompt_tokens": 16, "greedy_tokens": 24}
