@@ -10,7 +10,7 @@ from torch import Tensor
 from tinyllm import paths
 from tinyllm.evaluation.runners import TorchRunner
 from tinyllm.evaluation.speed import Subject
-from tinyllm.export.bundle import ONNX_FLOAT, ONNX_INT8
+from tinyllm.export.formats import ONNX_FLOAT, ONNX_INT8
 from tinyllm.export.runtime import OnnxModel
 from tinyllm.model.directory import WEIGHTS
 

@@ -1,6 +1,7 @@
 """The command line as a person meets it: pipes, mistakes, and a real pseudo-terminal."""
 
 import io
+import json
 import os
 import pty
 import re
@@ -14,7 +15,9 @@ from typing import NamedTuple
 
 import pytest
 from tiny_dirs import write_model_dir
+from tiny_text import made_up_text
 
+from tinyllm.artifact import build_artifact
 from tinyllm.cli import app, main
 from tinyllm.export.hf import write_hf
 
@@ -232,6 +235,8 @@ def test_the_options_are_frozen():
         "preset": {"name", "args"},
         "import_folder": {"folder", "model_dir"},
         "plan": {"section", "measure"},
+        "prune_folder": {"folder", "corpus", "out", "vocab_size"},
+        "verify": {"model_dir", "export_dir", "text", "json_file"},
     }
 
 
@@ -245,3 +250,33 @@ def test_an_exported_folder_is_imported_and_says_the_same(run, model_dir, tmp_pa
     refused = run("import", tmp_path / "hf", tmp_path / "again")
     assert (refused.code, refused.stderr.count("\n")) == (2, 1)
     assert "is a pickle" in refused.stderr
+
+
+def test_verify_prints_the_table_and_refuses_another_models_export(run, model_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(made_up_text(300, 5), encoding="utf-8")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        (tmp_path / "params.yaml").write_text(
+            "export: {opset: 20, onnx_fp16: false, onnx_int8: false, onnx_static: null,"
+            " static_chunk: 8, gguf: [], prompts: 1, prompt_tokens: 8,"
+            " greedy_tokens: 4, max_logit_diff: 1.0e-4}\n"
+        )
+        numbers = tmp_path / "numbers.json"
+        done = run("verify", model_dir, "--text", text, "--json", numbers)
+        assert done.code == 0, done.stderr
+        rows = json.loads(numbers.read_text())
+        for name in ("ours", "ours_int8", "transformers", "onnx"):
+            assert name in done.stdout
+            assert rows[name]["tokens_per_s"] > 0
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        with build_artifact(tmp_path / "export", kind="export", made_from=[model_dir]) as draft:
+            (draft.path / "hf").mkdir()
+        other = write_model_dir(tmp_path / "other", seed=4)
+        refused = run("verify", other, "--export-dir", tmp_path / "export", "--text", text)
+        assert (refused.code, len(refused.stderr.splitlines())) == (2, 1)
+        assert "made from sft" in refused.stderr
+        text.write_text(" ")
+        refused = run("verify", model_dir, "--text", text)
+        assert "is empty" in refused.stderr

@@ -211,6 +211,53 @@ def import_folder(
 
 
 @app.command()
+def verify(
+    model_dir: ModelDir,
+    export_dir: Annotated[
+        Path | None, typer.Option(help="Its export, e.g. data/export; else one is made.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A file of held-out text; else data/clean/val.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers.")] = (
+        None
+    ),
+) -> None:
+    """Compare every runtime's answers with the model's own; docs/export.md."""
+    from rich.console import Console
+
+    from stages.runner import console_progress
+    from tinyllm.artifact import write_json
+    from tinyllm.export.verify import check_parity
+    from tinyllm.parity import export_params, missing_lines, parity_table, verify_model
+
+    bar = export_params().max_logit_diff
+    proof = verify_model(model_dir, export_dir, text, console_progress())
+    Console().print(parity_table(proof, bar))
+    for line in missing_lines(proof):
+        typer.echo(line)
+    if json_file is not None:
+        write_json(json_file, proof.to_metrics(speeds=True))
+    check_parity(proof.exact, proof.text, bar)
+
+
+@app.command("prune-hf")
+def prune_folder(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with a byte-level BPE.")],
+    corpus: Annotated[Path, typer.Argument(help="Text whose tokens are counted: .txt, .md, ...")],
+    out: Annotated[Path, typer.Argument(help="The new Hugging Face folder.")],
+    vocab_size: Annotated[
+        int, typer.Option(help="Tokens to keep; 0: those that the corpus needs.", min=0)
+    ] = 0,
+) -> None:
+    """Cut a checkpoint's vocabulary to a corpus; docs/pruning.md."""
+    from tinyllm.export.prune_hf import prune_hf
+
+    for line in prune_hf(folder, corpus, out, vocab_size or None).lines():
+        typer.echo(line)
+
+
+@app.command()
 def plan(
     section: Annotated[str, typer.Argument(help="Of params.yaml: pretrain or sft.")] = "pretrain",
     measure: Annotated[

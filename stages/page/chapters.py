@@ -10,11 +10,16 @@ from stages.page.origin import lineage, settings
 from stages.page.parts import comparison, counts, figures, is_number, talks, texts
 
 _PARITY = {
-    "greedy_equal_tokens": "equal greedy tokens",
-    "greedy_tokens": "of",
     "max_logit_diff": "largest |Δ logit|",
     "max_cached_logit_diff": "with cache",
+    "kl": "KL",
     "top1_agreement": "top-1 agreement",
+    "greedy_equal_tokens": "equal greedy tokens",
+    "greedy_tokens": "of",
+    "first_divergence": "first to part",
+    "unequal_texts": "texts with other tokens",
+    "file_bytes": "size",
+    "missing": "not compared",
 }
 _SPEED = {
     "val_bpb": "bits per byte",
@@ -149,10 +154,14 @@ def quantization(facts: Facts) -> Section:
 def parity(facts: Facts) -> Section:
     """Compare other runtimes with ours."""
     told = facts.metrics.get("export", {})
-    rows = {n: r for n, r in told.items() if isinstance(r, Mapping) and "greedy_tokens" in r}
+    rows = {
+        name: row
+        for name, row in told.items()
+        if isinstance(row, Mapping) and ("greedy_tokens" in row or "missing" in row)
+    }
     blocks: list[Block] = [comparison(rows, _PARITY)] if rows else []
     rest = {name: value for name, value in told.items() if name not in rows}
-    blocks += figures(_with(facts, "export", rest), "export", ["hf_bytes", "onnx_bytes"])
+    blocks += figures(_with(facts, "export", rest), "export", [])
     return Section(
         "export",
         "Export and parity",

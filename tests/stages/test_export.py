@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "export"))
-from export_case import write_clean, write_model
+from export_case import write_adapted, write_clean
 
 from stages.export import export
 from tinyllm import paths
@@ -14,8 +14,9 @@ from tinyllm.artifact import load_manifest, verify_files
 from tinyllm.errors import GateError, LineageError
 from tinyllm.export import bundle
 
-PARAMS = """export: {{opset: 20, onnx_int8: true, gguf: [f32, q8_0], prompts: 2,
-  prompt_tokens: 16, greedy_tokens: 24, max_logit_diff: {bar}}}
+PARAMS = """export: {{opset: 20, onnx_fp16: true, onnx_int8: true, onnx_static: host,
+  static_chunk: 8, gguf: [f32, q8_0], prompts: 2, prompt_tokens: 16, greedy_tokens: 24,
+  max_logit_diff: {bar}}}
 """
 
 
@@ -27,7 +28,11 @@ def pipeline(tmp_path_factory):
         patch.setenv("HF_HUB_OFFLINE", "1")
         paths.PARAMS.write_text(PARAMS.format(bar=1.0e-4))
         write_clean(paths.CLEAN)
-        write_model(paths.LORA_MERGED, paths.CLEAN)
+        write_adapted(Path("made"), paths.CLEAN)
+        for name, place in {
+            **{"sft": paths.SFT, "adapter": paths.LORA_ADAPTER, "merged": paths.LORA_MERGED},
+        }.items():
+            shutil.move(Path("made") / name, place)
         export()
         yield Path.cwd()
 
@@ -35,9 +40,11 @@ def pipeline(tmp_path_factory):
 def test_artifact_is_whole_and_knows_its_ancestors(pipeline):
     manifest = load_manifest(paths.EXPORT, "export")
     verify_files(paths.EXPORT, manifest)
-    assert set(manifest.lineage) == {"clean", "lora"}
+    assert set(manifest.lineage) == {"clean", "lora", "sft", "adapter"}
     names = set(manifest.files)
     assert {"hf/README.md", "hf/model.safetensors", "hf/chat_template.jinja"} < names
+    assert {"peft/adapter_model.safetensors", "peft/base/config.json"} < names
+    assert {"onnx/genai_config.json", "onnx/tokenizer_config.json"} < names
     assert {"onnx/model.onnx", "onnx/model_int8.onnx", "onnx/tokenizer.json"} < names
     assert {name for name in names if "gguf" in name} == {
         "gguf/model_f32.gguf",
@@ -48,13 +55,16 @@ def test_artifact_is_whole_and_knows_its_ancestors(pipeline):
 
 def test_metrics_have_the_parity_table(pipeline):
     rows = json.loads((paths.REPORTS / "export" / "metrics.json").read_text())["export"]
-    for name in ("transformers", "onnx"):
+    for name in ("ours", "transformers", "peft", "onnx"):
         assert rows[name]["greedy_equal_tokens"] == rows[name]["greedy_tokens"] > 48
         assert rows[name]["max_logit_diff"] < 1e-4
+        assert "tokens_per_s" not in rows[name]
     assert rows["onnx_int8"]["max_logit_diff"] > 1e-4
+    assert 0 < rows["ours_int8"]["kl"] < 0.01
     assert rows["text"]["unequal_texts"] == rows["text"]["unequal_chats"] == 0
-    assert rows["onnx_bytes"] == (paths.EXPORT / "onnx/model.onnx").stat().st_size
-    assert rows["gguf_f32_bytes"] > 3 * rows["gguf_q8_0_bytes"] > 0
+    if "missing" not in rows["gguf_f32"]:
+        assert rows["gguf_f32"]["file_bytes"] > 3 * rows["gguf_q8_0"]["file_bytes"] > 0
+    assert rows["onnx"]["file_bytes"] == (paths.EXPORT / "onnx/model.onnx").stat().st_size
 
 
 def test_difference_above_the_bar_fails_and_keeps_the_old_export(pipeline, monkeypatch):

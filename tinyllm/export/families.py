@@ -79,6 +79,15 @@ def family_of(config: ModelConfig) -> Family:
     )
 
 
+def hf_refuses(config: ModelConfig) -> str | None:
+    """Return why transformers has no class for an architecture and what would work, or None."""
+    try:
+        family_of(config)
+    except DataError as error:
+        return str(error).removeprefix("export: ")
+    return None
+
+
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the content of config.json, without what the tokenizer decides.
 

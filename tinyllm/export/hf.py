@@ -49,7 +49,7 @@ def write_hf(source: Path, directory: Path, card: str) -> None:
         DataError: no class of transformers has this architecture.
     """
     config, _ = load_config(source)
-    content = {**hf_config(config), **_ids()}
+    content = {**hf_config(config), **special_ids()}
     directory.mkdir(parents=True, exist_ok=True)
     weights = to_hf(load_weights(source), config, family_of(config))
     safetensors.torch.save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
@@ -63,7 +63,11 @@ def write_hf(source: Path, directory: Path, card: str) -> None:
 
 def generation_config() -> dict[str, Any]:
     """Return the content of generation_config.json: an answer ends with its turn or its text."""
-    return {**_ids(), "eos_token_id": [_id(END_OF_TURN), _id(END_OF_TEXT)], "do_sample": False}
+    return {
+        **special_ids(),
+        "eos_token_id": [_id(END_OF_TURN), _id(END_OF_TEXT)],
+        "do_sample": False,
+    }
 
 
 def tokenizer_config(config: ModelConfig) -> dict[str, Any]:
@@ -81,7 +85,8 @@ def tokenizer_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _ids() -> dict[str, int]:
+def special_ids() -> dict[str, int]:
+    """Return the ids of the tokens that every config.json names."""
     return {
         "bos_token_id": _id(END_OF_TEXT),
         "eos_token_id": _id(END_OF_TURN),

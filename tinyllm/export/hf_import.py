@@ -42,9 +42,9 @@ def import_hf(folder: Path, out: Path) -> None:
         DataError: the architecture or a setting is not ours, or the weights are pickled.
         ArtifactError: files are missing, damaged or do not fit together.
     """
-    content = _read_json(folder / CONFIG)
+    content = read_json(folder / CONFIG)
     family, config = read_config(content, folder / CONFIG)
-    state = from_hf(_read_tensors(folder), config, family)
+    state = from_hf(read_tensors(folder), config, family)
     _check_fit(state, config, folder)
     state = {name: w.float() for name, w in state.items()}
     with build_artifact(out, kind=KIND, made_from=[], config=content) as draft:
@@ -57,7 +57,7 @@ def import_hf(folder: Path, out: Path) -> None:
         draft.info["imported_class"] = CLASSES[family]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the mapping in a JSON file.
 
     Raises:
@@ -74,12 +74,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of the folder, under the names they have there."""
     if (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     elif (folder / INDEX).is_file():
-        places: Mapping[str, str] = _read_json(folder / INDEX).get("weight_map", {})
+        places: Mapping[str, str] = read_json(folder / INDEX).get("weight_map", {})
         files = sorted({Path(name).name for name in places.values()})  # no way out of the folder
     else:
         pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
@@ -124,5 +124,5 @@ def _chat_template(folder: Path) -> str | None:
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None

@@ -21,7 +21,9 @@ class TransformersModel:
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        )
         self.model.train(False)
         # The comparison runs to its full length: an end of turn must not stop one side of it.
         self.model.generation_config.eos_token_id = None
@@ -65,3 +67,16 @@ class TransformersModel:
             messages, tokenize=True, add_generation_prompt=True, return_dict=True
         )["input_ids"]
         return text, ids
+
+
+class PeftAdapter(TransformersModel):
+    """An adapter on its base, not merged, as a user of peft gets it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load a folder that `write_peft` wrote."""
+        from peft import PeftModel
+
+        super().__init__(folder / "base")
+        self.model = PeftModel.from_pretrained(self.model, folder)
+        self.model.train(False)
+        self.model.generation_config.eos_token_id = None

@@ -53,21 +53,43 @@ def from_hf(
     return state
 
 
+def adapter_to_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Return an adapter's matrices for the layout of a class of transformers.
+
+    The rows of B are those of the layer, so they follow its order; A stays as it is.
+
+    Args:
+        tensors: A and B of each layer under peft's names.
+        config: the base's sizes; not those of GPT-2.
+    """
+    rows = _rotated_rows(config, _neighbours)
+    ordered = {}
+    for name, w in tensors.items():
+        layer, which = name.split(".")[-3:-1]
+        ordered[name] = w[rows[layer]] if which == "lora_B" and layer in rows else w
+    return ordered
+
+
 def _rearranged(
     state: Mapping[str, Tensor], config: ModelConfig, order: Callable[[int], Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors with the rows of rotated channels in another order; gqa has its own."""
-    if config.mla is None:
-        return dict(state)
-    d_nope, d_rope = config.mla.d_nope, config.mla.d_rope
-    head = torch.cat((torch.arange(d_nope), d_nope + order(d_rope)))
-    queries = torch.cat([i * len(head) + head for i in range(config.n_heads)])
-    latent = torch.cat((torch.arange(config.mla.kv_rank), config.mla.kv_rank + order(d_rope)))
-    rows = {"q_proj": queries, "q_b_proj": queries, "kv_a_proj_with_mqa": latent}
+    """Return the tensors with the rows of rotated channels in another order."""
+    rows = _rotated_rows(config, order)
     return {
         name: w[rows[layer]] if (layer := name.split(".")[-2]) in rows else w
         for name, w in state.items()
     }
+
+
+def _rotated_rows(config: ModelConfig, order: Callable[[int], Tensor]) -> dict[str, Tensor]:
+    """Return the new order of the rows of each layer that makes rotated channels; gqa has none."""
+    if config.mla is None:
+        return {}
+    d_nope, d_rope = config.mla.d_nope, config.mla.d_rope
+    head = torch.cat((torch.arange(d_nope), d_nope + order(d_rope)))
+    queries = torch.cat([i * len(head) + head for i in range(config.n_heads)])
+    latent = torch.cat((torch.arange(config.mla.kv_rank), config.mla.kv_rank + order(d_rope)))
+    return {"q_proj": queries, "q_b_proj": queries, "kv_a_proj_with_mqa": latent}
 
 
 def _neighbours(n: int) -> Tensor:
