@@ -37,7 +37,7 @@ def ceilings(device: torch.device, side: int, n_bytes: int, rounds: int) -> dict
     )
     work = {"copy": 2 * n_bytes / 1e6, "bf16": 2 * side**3 / 1e9, "int8": 2 * side**3 / 1e9}
     units = {"copy": "copy_gb_per_s", "bf16": "bf16_tflop_per_s", "int8": "int8_top_per_s"}
-    return {units[name]: round(work[name] / taken, 1) for name, taken in ms.items()}
+    return {units[name]: float(f"{work[name] / taken:.4g}") for name, taken in ms.items()}
 
 
 def attention(
