@@ -10,6 +10,9 @@ namespace {
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
+typedef uint16_t ShortLanes __attribute__((vector_size(32)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
 
 [[gnu::always_inline]] inline Lanes load(const float* x, int64_t n) {
   Lanes lanes = {};
@@ -21,19 +24,37 @@ typedef int32_t IntLanes __attribute__((vector_size(64)));
   return lanes;
 }
 
+// bf16: the upper half of an fp32 number.
+[[gnu::always_inline]] inline Lanes load(const uint16_t* x, int64_t n) {
+  ShortLanes halves = {};
+  if (n >= kLanes) {
+    __builtin_memcpy(&halves, x, sizeof halves);
+  } else {
+    __builtin_memcpy(&halves, x, static_cast<size_t>(n) * sizeof(uint16_t));
+  }
+  const IntLanes bits = __builtin_convertvector(halves, IntLanes) << 16;
+  Lanes lanes;
+  __builtin_memcpy(&lanes, &bits, sizeof lanes);
+  return lanes;
+}
+
 [[gnu::always_inline]] inline void store(float* y, Lanes lanes, int64_t n) {
   __builtin_memcpy(y, &lanes, static_cast<size_t>(n < kLanes ? n : kLanes) * sizeof(float));
 }
 
+// The halves are added until one number is left.
 [[gnu::always_inline]] inline float sum_lanes(Lanes lanes) {
-  float part[kLanes];
-  __builtin_memcpy(part, &lanes, sizeof part);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
-  return part[0];
+  Eight eight[2];
+  __builtin_memcpy(eight, &lanes, sizeof lanes);
+  eight[0] += eight[1];
+  Four four[2];
+  __builtin_memcpy(four, eight, sizeof four);
+  four[0] += four[1];
+  return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
-[[gnu::always_inline]] inline float dot(const float* a, const float* b, int64_t n) {
+template <class T>
+[[gnu::always_inline]] inline float dot(const float* a, const T* b, int64_t n) {
   Lanes sum = {};
   for (int64_t i = 0; i < n; i += kLanes) sum += load(a + i, n - i) * load(b + i, n - i);
   return sum_lanes(sum);
@@ -80,30 +101,54 @@ void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
   }
 }
 
-void attend(const float* q, const float* k, int64_t k_stride, const float* v, int64_t v_stride,
-            int64_t n_keys, int64_t d_head, float* scores, float* y) {
+// y [16 SLICES] = sum of the weighted values, even and odd positions apart; at most `n` numbers.
+template <int SLICES, class T>
+[[gnu::always_inline]] inline void weigh(const T* values, int64_t stride, const float* weights,
+                                         int64_t n_keys, float factor, int64_t n, float* y) {
+  Lanes even[SLICES] = {}, odd[SLICES] = {};
+  int64_t s = 0;
+  for (; s + 2 <= n_keys; s += 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < SLICES; ++i) {
+      even[i] += load(values + s * stride + i * kLanes, n - i * kLanes) * weights[s];
+      odd[i] += load(values + (s + 1) * stride + i * kLanes, n - i * kLanes) * weights[s + 1];
+    }
+  if (s < n_keys)
+#pragma GCC unroll 4
+    for (int i = 0; i < SLICES; ++i)
+      even[i] += load(values + s * stride + i * kLanes, n - i * kLanes) * weights[s];
+#pragma GCC unroll 4
+  for (int i = 0; i < SLICES; ++i) store(y + i * kLanes, (even[i] + odd[i]) * factor, n - i * kLanes);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void attend_to(const float* q, const CachedHead& cached, int64_t d_head,
+                                             float* scores, float* y) {
+  const auto* keys = static_cast<const T*>(cached.keys);
+  const auto* values = static_cast<const T*>(cached.values);
+  const int64_t n_keys = cached.n_keys, stride = cached.stride;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d_head));
+  for (int64_t s = 0; s < n_keys; ++s) scores[s] = dot(q, keys + s * stride, d_head) * scale;
   float most = -__builtin_inff();
-  for (int64_t s = 0; s < n_keys; ++s) {
-    scores[s] = dot(q, k + s * k_stride, d_head) * scale;
-    most = scores[s] > most ? scores[s] : most;
-  }
+  for (int64_t s = 0; s < n_keys; ++s) most = scores[s] > most ? scores[s] : most;
   Lanes total = {};
   for (int64_t s = 0; s < n_keys; s += kLanes) {
     const int64_t n = n_keys - s;
     store(scores + s, exp_lanes(load(scores + s, n) - most), n);
     total += load(scores + s, n);
   }
-  const float inverse = 1.0f / sum_lanes(total);
-  for (int64_t i = 0; i < d_head; i += kLanes) {
-    Lanes even = {}, odd = {};
-    int64_t s = 0;
-    for (; s + 2 <= n_keys; s += 2) {
-      even += load(v + s * v_stride + i, d_head - i) * scores[s];
-      odd += load(v + (s + 1) * v_stride + i, d_head - i) * scores[s + 1];
-    }
-    if (s < n_keys) even += load(v + s * v_stride + i, d_head - i) * scores[s];
-    store(y + i, (even + odd) * inverse, d_head - i);
+  const float factor = 1.0f / sum_lanes(total);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= d_head; i += 4 * kLanes)
+    weigh<4>(values + i, stride, scores, n_keys, factor, 4 * kLanes, y + i);
+  for (; i < d_head; i += kLanes) weigh<1>(values + i, stride, scores, n_keys, factor, d_head - i, y + i);
+}
+
+void attend(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y) {
+  if (cached.is_bf16) {
+    attend_to<uint16_t>(q, cached, d_head, scores, y);
+  } else {
+    attend_to<float>(q, cached, d_head, scores, y);
   }
 }
 

@@ -82,8 +82,8 @@ class TorchRunner:
 
     def _next(self, ids: Sequence[int], cache: KVCache | None) -> int:
         """Return the likeliest token; reading it waits for the device."""
-        hidden = self._model.hidden(torch.tensor([ids], device=self.rope_cos.device), cache=cache)
-        return int(self._model.head(hidden[:, -1]).argmax())
+        ids_1T = torch.tensor([ids], device=self.rope_cos.device)
+        return int(self._model.next_logits(ids_1T, cache).argmax())
 
     def _new_cache(self) -> KVCache:
         """Return an empty cache as long as the model's context."""

@@ -71,8 +71,7 @@ class Generation(Iterator[int]):
         """Return the logits after the last token, (1, V): only new tokens pass a cached model."""
         start = self._cache.length if self._cache else 0
         ids = torch.tensor([self._ids[start:]], device=self._device)
-        hidden = self._model.hidden(ids, cache=self._cache)
-        return self._model.head(hidden[:, -1])  # the head of the other positions is not needed
+        return self._model.next_logits(ids, self._cache)
 
 
 def generate(

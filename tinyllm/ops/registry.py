@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyllm.errors import TinyllmError
-from tinyllm.ops import adamw8bit, build, cpu, cross_entropy, decode, flash, library, reference
+from tinyllm.ops import adamw8bit, build, cpu, cross_entropy, decoder, flash, library, reference
 
 BACKENDS = ("cpu", "torch", "reference")
 
@@ -71,9 +71,9 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
             backend="reference", function=reference.bind_linear_w8a8, refuses=_takes_all
         ),
     ),
-    "decode_block": (
-        Implementation(backend="cpu", function=decode.DecodeBlock, refuses=_cpu_refuses),
-        Implementation(backend="reference", function=decode.no_decode_block, refuses=_takes_all),
+    "decoder": (
+        Implementation(backend="cpu", function=decoder.Decoder, refuses=_cpu_refuses),
+        Implementation(backend="reference", function=decoder.no_decoder, refuses=_takes_all),
     ),
     "adamw8bit": (
         Implementation(backend="cpu", function=adamw8bit.step, refuses=adamw8bit.refuses),
