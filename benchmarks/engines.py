@@ -52,7 +52,7 @@ def config_of(d: int, n_layers: int, n_heads: int, vocab_size: int, d_ff: int) -
 
 
 class Ours:
-    """This project's model in any format."""
+    """Our model, in any format."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
         self._model = model
@@ -160,9 +160,7 @@ def write_gguf_q8(model: Transformer, path: Path) -> None:
     writer.close()
 
 
-def build_engines(
-    config: ModelConfig, folder: Path
-) -> dict[str, Engine | None]:
+def build_engines(config: ModelConfig, folder: Path) -> dict[str, Engine | None]:
     """Return every engine by its name, None for those that are not installed."""
     model = build_model(config, seed=0).eval().requires_grad_(False)
     engines: dict[str, Engine | None] = {"ours INT8": Ours(quantize_model(model), torch.float32)}

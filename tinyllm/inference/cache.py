@@ -59,7 +59,7 @@ class KVCache:
                 f"context: a cache of {max_len} tokens is longer than the model's max_seq_len"
                 f" {config.max_seq_len}; use a shorter one or train with a larger model.max_seq_len"
             )
-        self.max_len = max_len
+        self.max_len, self.dtype = max_len, dtype
         self._device = torch.device(device)
         n_heads, d_k, d_v = config.cached
         shape = config.n_layers, batch_size, n_heads, max_len

@@ -24,9 +24,7 @@ class SlotCache:
         """Set the memory aside: each slot takes a sequence as long as the model's context."""
         n_heads, d_k, d_v = config.cached
         shape = config.n_layers, n_slots, n_heads, config.max_seq_len
-        self._k, self._v = (
-            torch.zeros(*shape, d, dtype=dtype, device=device) for d in (d_k, d_v)
-        )
+        self._k, self._v = (torch.zeros(*shape, d, dtype=dtype, device=device) for d in (d_k, d_v))
 
     def rows(self, first: int, starts: Sequence[int]) -> "SlotRows":
         """Return neighbouring slots as the cache of one pass.
@@ -59,7 +57,7 @@ class SlotRows:
 
     def __init__(self, k_LBGSK: Tensor, v_LBGSK: Tensor, starts: Sequence[int]) -> None:
         self._starts = list(starts)
-        self._k, self._v = k_LBGSK, v_LBGSK
+        self._k, self._v, self.dtype = k_LBGSK, v_LBGSK, k_LBGSK.dtype
         self.layers: list[SlotLayer | SlotsLayer] = []
         """One per block, once the pass is planned."""
 

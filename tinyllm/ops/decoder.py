@@ -17,6 +17,8 @@ from tinyllm.ops import cpu
 
 Weight = tuple[Tensor, Tensor]
 """INT8 rows (N, K) and their fp32 scales (N,)."""
+CACHED = (torch.float32, torch.bfloat16)
+"""What keys and values may be stored as."""
 GATES = 32
 """Rows of the gate that lie together, followed by their rows of the up projection."""
 

@@ -1,6 +1,6 @@
-"""An INT8 transformer whose tokens pass in one native call, where the machine and the sizes allow.
+"""An INT8 transformer that fills a cache in one native call, where the machine and the sizes allow.
 
-Everything else (another device, latent attention, documents in a row) runs layer by layer, as in
+Everything else (no cache, another device, latent attention) runs layer by layer, as in
 `tinyllm.model.transformer.Transformer`. Both ways do the same arithmetic; sums of floats are taken
 in another order, so outputs agree to fp32 rounding and now and then one INT8 step of an activation.
 Dimensions: B sequences, T new tokens, D width, V vocabulary.
@@ -15,7 +15,7 @@ from tinyllm.model.attention import Attention
 from tinyllm.model.ffn import SwiGLU
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.transformer import Block, Cache, Transformer
-from tinyllm.ops.decoder import Decoder, DecoderWeights, LayerWeights, Room
+from tinyllm.ops.decoder import CACHED, Decoder, DecoderWeights, LayerWeights, Room
 from tinyllm.ops.registry import select
 from tinyllm.quantization.layers import Int8Embedding, Int8Linear, Prepared
 
@@ -25,6 +25,10 @@ NOT_HERE = "layer by layer"
 @runtime_checkable
 class RoomyCache(Protocol):
     """A cache that tells where its numbers lie."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored numbers."""
 
     def make_room(self, n_tokens: int) -> Room:
         """Return the memory for `n_tokens` more positions per sequence, which count as stored."""
@@ -42,29 +46,21 @@ class Int8Transformer(Prepared, Transformer):
         self, ids_BT: Tensor, *, document_ids: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Return what `Transformer.hidden` does, (B, T, D)."""
-        decoder = self._decoder(document_ids, cache)
+        decoder = self._decoder(cache)
         if decoder is None:
             return super().hidden(ids_BT, document_ids=document_ids, cache=cache)
-        return decoder.hidden(ids_BT, self._room(ids_BT, cache))
+        return decoder.hidden(ids_BT, cast(RoomyCache, cache).make_room(ids_BT.shape[1]))
 
     def next_logits(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Return what `Transformer.next_logits` does, (B, V)."""
-        decoder = self._decoder(None, cache)
+        decoder = self._decoder(cache)
         if decoder is None:
             return super().next_logits(ids_BT, cache)
-        return decoder.logits(ids_BT, self._room(ids_BT, cache))
+        return decoder.logits(ids_BT, cast(RoomyCache, cache).make_room(ids_BT.shape[1]))
 
-    def _room(self, ids_BT: Tensor, cache: Cache | None) -> Room:
-        """Return the cache's memory, or some for this pass alone."""
-        if cache is not None:
-            return cast(RoomyCache, cache).make_room(ids_BT.shape[1])
-        config, (B, T) = self.config, ids_BT.shape
-        shape = config.n_layers, B, config.n_kv_heads, T, config.d_head
-        return Room(keys=torch.empty(shape), values=torch.empty(shape), starts=[0] * B)
-
-    def _decoder(self, document_ids: Tensor | None, cache: Cache | None) -> Decoder | None:
-        """Return the whole model for a pass, None where it has to go layer by layer."""
-        if document_ids is not None or not (cache is None or isinstance(cache, RoomyCache)):
+    def _decoder(self, cache: Cache | None) -> Decoder | None:
+        """Return what fills a cache in one call, None where it is done layer by layer."""
+        if not isinstance(cache, RoomyCache) or cache.dtype not in CACHED:
             return None
         if self.rope_cos.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
