@@ -61,6 +61,12 @@ struct Own {
         bytes(carve.used) {}
 };
 
+// Where a row belongs.
+struct Place {
+  int64_t sequence, position;
+  bool is_last;  // of the new tokens of its sequence
+};
+
 // What all threads share: the rows [first, first + n) of a pass and their numbers on the way.
 struct Rows {
   const Decoder& model;
@@ -68,6 +74,7 @@ struct Rows {
   const Isa& isa;
   int64_t first, n, n_qkv, padded_ff, widest;
   float *x, *qkv, *attended, *hidden;
+  Place* places;
   Inputs inputs;
   char* own;          // each thread's own memory, one piece after the other
   size_t own_bytes, bytes;
@@ -82,6 +89,7 @@ struct Rows {
         padded_ff(round_up(m.d_ff, 32)),
         widest(round_up(std::max({m.d, padded_ff, m.n_heads * m.d_head}), 64)) {
     Carver carve{base};
+    places = carve.take<Place>(most);
     x = carve.take<float>(most * m.d);
     qkv = carve.take<float>(most * n_qkv);
     attended = carve.take<float>(most * m.n_heads * m.d_head);
@@ -92,9 +100,15 @@ struct Rows {
     bytes = carve.used;
   }
 
-  int64_t sequence(int64_t row) const { return (first + row) / tokens.n_tokens; }
-  int64_t token(int64_t row) const { return (first + row) % tokens.n_tokens; }
-  int64_t position(int64_t row) const { return tokens.starts[sequence(row)] + token(row); }
+  // Go on with the rows from `at`.
+  void begin(int64_t at, int64_t n_rows) {
+    first = at;
+    n = n_rows;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t sequence = (at + i) / tokens.n_tokens, token = (at + i) % tokens.n_tokens;
+      places[i] = {sequence, tokens.starts[sequence] + token, token == tokens.n_tokens - 1};
+    }
+  }
   int64_t longest() const {
     return *std::max_element(tokens.starts, tokens.starts + tokens.n_sequences) + tokens.n_tokens;
   }
@@ -191,9 +205,7 @@ class Pass {
 
   void add_product(const Weight& w, const Inputs& in) {
     multiply_tiles(w, in, [&](int64_t row, int64_t first, const float* tile) {
-      float* x = r_.x + row * m_.d + first;
-      const int64_t n = std::min(kPanel, m_.d - first);
-      for (int64_t i = 0; i < n; ++i) x[i] += tile[i];
+      isa_.add(tile, std::min(kPanel, m_.d - first), r_.x + row * m_.d + first);
     });
   }
 
@@ -204,7 +216,7 @@ class Pass {
   }
 
   int64_t cache_offset(int64_t layer, int64_t row, int64_t group) const {
-    return layer * t_.layer_stride + r_.sequence(row) * t_.sequence_stride + group * t_.head_stride;
+    return layer * t_.layer_stride + r_.places[row].sequence * t_.sequence_stride + group * t_.head_stride;
   }
 
   void store(void* cache, int64_t offset, const float* x) const {
@@ -220,7 +232,7 @@ class Pass {
   void turn_and_store(const Layer& layer, int64_t l) {
     const int64_t heads = m_.n_heads + 2 * m_.n_kv_heads;
     for (int64_t i = team_.begin(r_.n * heads); i < team_.end(r_.n * heads); ++i) {
-      const int64_t row = i / heads, head = i % heads, position = r_.position(row);
+      const int64_t row = i / heads, head = i % heads, position = r_.places[row].position;
       float* x = r_.qkv + row * r_.n_qkv + head * m_.d_head;
       const int64_t key = head - m_.n_heads, value = key - m_.n_kv_heads;
       if (value < 0) {
@@ -241,7 +253,7 @@ class Pass {
     // its position, but every thread gets all rows of its heads.
     for (int64_t task = team_.begin(m_.n_heads * r_.n); task < team_.end(m_.n_heads * r_.n); ++task) {
       const int64_t head = task / r_.n, row = task % r_.n;
-      const int64_t n_keys = r_.position(row) + 1;
+      const int64_t n_keys = r_.places[row].position + 1;
       const int64_t skipped = layer.window > 0 ? std::max<int64_t>(0, n_keys - layer.window) : 0;
       const int64_t offset = cache_offset(l, row, head / group) + skipped * t_.position_stride;
       const int64_t bytes = t_.is_bf16 ? 2 : 4;
@@ -263,10 +275,10 @@ class Pass {
     const Inputs in = quantize(r_.x, m_.d, m_.d, m_.norm);
     for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
       for (int64_t i = 0; i < r_.n; ++i) {  // rows that are a sequence's last
-        if (r_.token(i) != t_.n_tokens - 1) continue;
+        if (!r_.places[i].is_last) continue;
         const int64_t rows = t_.n_tokens == 1 ? r_.n - i : 1;
         isa_.tile(in.q + i * in.stride, in.stride, in.scale + i, rows, w, p * kPanel,
-                  t_.logits + r_.sequence(i) * w.n + p * kPanel, w.n);
+                  t_.logits + r_.places[i].sequence * w.n + p * kPanel, w.n);
         i += rows - 1;
       }
   }
@@ -294,8 +306,8 @@ int tinyllm_decode(const Decoder* decoder, const Tokens* tokens, int64_t threads
   void* memory = scratch.reserve(Rows(*decoder, *tokens, most, threads, nullptr).bytes);
   if (memory == nullptr) return -2;
   Rows rows(*decoder, *tokens, most, threads, static_cast<char*>(memory));
-  for (; rows.first < total; rows.first += most) {
-    rows.n = std::min(most, total - rows.first);
+  for (int64_t first = 0; first < total; first += most) {
+    rows.begin(first, std::min(most, total - first));
     run_team(static_cast<int>(threads), run_pass, &rows);
   }
   return 0;

@@ -3,6 +3,10 @@
 // Each sum has 16 partial sums that are added in one fixed order, and no product is contracted into
 // a sum, so all instruction sets give the same bits. Everything is static: see w8a8.h.
 #pragma once
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "w8a8.h"
 
 namespace tinyllm {
@@ -38,8 +42,13 @@ typedef float Four __attribute__((vector_size(16)));
   return lanes;
 }
 
+// Two calls of memcpy: with one of variable size even whole vectors go through memory.
 [[gnu::always_inline]] inline void store(float* y, Lanes lanes, int64_t n) {
-  __builtin_memcpy(y, &lanes, static_cast<size_t>(n < kLanes ? n : kLanes) * sizeof(float));
+  if (n >= kLanes) {
+    __builtin_memcpy(y, &lanes, sizeof lanes);
+  } else {
+    __builtin_memcpy(y, &lanes, static_cast<size_t>(n) * sizeof(float));
+  }
 }
 
 // The halves are added until one number is left.
@@ -53,11 +62,17 @@ typedef float Four __attribute__((vector_size(16)));
   return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
+// The products of two rows, in 16 sums.
+template <class T>
+[[gnu::always_inline]] inline Lanes products(const float* a, const T* b, int64_t n) {
+  Lanes sum = load(a, n) * load(b, n);
+  for (int64_t i = kLanes; i < n; i += kLanes) sum += load(a + i, n - i) * load(b + i, n - i);
+  return sum;
+}
+
 template <class T>
 [[gnu::always_inline]] inline float dot(const float* a, const T* b, int64_t n) {
-  Lanes sum = {};
-  for (int64_t i = 0; i < n; i += kLanes) sum += load(a + i, n - i) * load(b + i, n - i);
-  return sum_lanes(sum);
+  return sum_lanes(products(a, b, n));
 }
 
 // exp between -87 and 88, constant beyond: 2^round(x / ln 2) times the Taylor series of the rest, |rest| <= ln(2) / 2, up to
@@ -82,6 +97,10 @@ template <class T>
   Lanes power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return series * power;
+}
+
+void add(const float* x, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i += kLanes) store(y + i, load(y + i, n - i) + load(x + i, n - i), n - i);
 }
 
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
@@ -121,18 +140,61 @@ template <int SLICES, class T>
   for (int i = 0; i < SLICES; ++i) store(y + i * kLanes, (even[i] + odd[i]) * factor, n - i * kLanes);
 }
 
+// The products of q with 16 keys. All sums of a lane are those of `dot`: halves of one vector are
+// added to each other there, halves of two vectors side by side here.
+#ifdef __AVX512F__
 template <class T>
-[[gnu::always_inline]] inline void attend_to(const float* q, const CachedHead& cached, int64_t d_head,
+[[gnu::always_inline]] inline Lanes dot_with_16(const float* q, const T* keys, int64_t stride, int64_t n) {
+  __m512 part[kLanes], sum[8];
+#pragma GCC unroll 16
+  for (int key = 0; key < kLanes; ++key) {
+    part[key] = (__m512)products(q, keys, n);
+    keys += stride;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // keys j and 4 + j, and 8 + j and 12 + j: their eight sums each
+    const int a = i / 2 + i % 2 * 8, b = a + 4;
+    sum[i] = _mm512_add_ps(_mm512_shuffle_f32x4(part[a], part[b], 0x44),
+                           _mm512_shuffle_f32x4(part[a], part[b], 0xee));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // keys j, 4 + j, 8 + j, 12 + j: four sums each
+    const __m512 a = sum[2 * j], b = sum[2 * j + 1];
+    part[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 4; j += 2)
+    part[j] = _mm512_add_ps(_mm512_shuffle_ps(part[j], part[j + 1], 0x44),
+                            _mm512_shuffle_ps(part[j], part[j + 1], 0xee));
+  return (Lanes)_mm512_add_ps(_mm512_shuffle_ps(part[0], part[2], 0x88),
+                              _mm512_shuffle_ps(part[0], part[2], 0xdd));
+}
+#else
+template <class T>
+[[gnu::always_inline]] inline Lanes dot_with_16(const float* q, const T* keys, int64_t stride, int64_t n) {
+  Lanes all;
+  for (int key = 0; key < kLanes; ++key) all[key] = dot(q, keys + key * stride, n);
+  return all;
+}
+#endif
+
+// D > 0: the width, known when this is compiled.
+template <int64_t D, class T>
+[[gnu::always_inline]] inline void attend_to(const float* q, const CachedHead& cached, int64_t width,
                                              float* scores, float* y) {
+  const int64_t d_head = D > 0 ? D : width;
   const auto* keys = static_cast<const T*>(cached.keys);
   const auto* values = static_cast<const T*>(cached.values);
   const int64_t n_keys = cached.n_keys, stride = cached.stride;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d_head));
-  for (int64_t s = 0; s < n_keys; ++s) scores[s] = dot(q, keys + s * stride, d_head) * scale;
+  int64_t s = 0;
+  for (; s + kLanes <= n_keys; s += kLanes)
+    store(scores + s, dot_with_16(q, keys + s * stride, stride, d_head) * scale, kLanes);
+  for (; s < n_keys; ++s) scores[s] = dot(q, keys + s * stride, d_head) * scale;
   float most = -__builtin_inff();
-  for (int64_t s = 0; s < n_keys; ++s) most = scores[s] > most ? scores[s] : most;
+  for (s = 0; s < n_keys; ++s) most = scores[s] > most ? scores[s] : most;
   Lanes total = {};
-  for (int64_t s = 0; s < n_keys; s += kLanes) {
+  for (s = 0; s < n_keys; s += kLanes) {
     const int64_t n = n_keys - s;
     store(scores + s, exp_lanes(load(scores + s, n) - most), n);
     total += load(scores + s, n);
@@ -141,14 +203,27 @@ template <class T>
   int64_t i = 0;
   for (; i + 4 * kLanes <= d_head; i += 4 * kLanes)
     weigh<4>(values + i, stride, scores, n_keys, factor, 4 * kLanes, y + i);
+  for (; i + 2 * kLanes <= d_head; i += 2 * kLanes)
+    weigh<2>(values + i, stride, scores, n_keys, factor, 2 * kLanes, y + i);
   for (; i < d_head; i += kLanes) weigh<1>(values + i, stride, scores, n_keys, factor, d_head - i, y + i);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void attend_typed(const float* q, const CachedHead& cached, int64_t d_head,
+                                                float* scores, float* y) {
+  switch (d_head) {
+    case 32: return attend_to<32, T>(q, cached, d_head, scores, y);
+    case 64: return attend_to<64, T>(q, cached, d_head, scores, y);
+    case 128: return attend_to<128, T>(q, cached, d_head, scores, y);
+    default: return attend_to<0, T>(q, cached, d_head, scores, y);
+  }
 }
 
 void attend(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y) {
   if (cached.is_bf16) {
-    attend_to<uint16_t>(q, cached, d_head, scores, y);
+    attend_typed<uint16_t>(q, cached, d_head, scores, y);
   } else {
-    attend_to<float>(q, cached, d_head, scores, y);
+    attend_typed<float>(q, cached, d_head, scores, y);
   }
 }
 

@@ -57,6 +57,9 @@ struct Isa {
   // Float steps of decoding, see lanes.h. y = weight * x / sqrt(mean(x^2) + eps), in place if y is x.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
 
+  // y += x.
+  void (*add)(const float* x, int64_t n, float* y);
+
   // Turns the pairs (x[i], x[half + i]) by the angles with these cosines and sines, in place.
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
 

@@ -38,6 +38,13 @@ float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
   return absmax / 127.0f;
 }
 
+#ifndef HINT
+#define HINT _MM_HINT_T0
+#endif
+#ifndef AHEAD
+#define AHEAD 4096
+#endif
+constexpr int64_t kAhead = AHEAD;
 __m512i four_inputs(const int8_t* q) {
   int32_t four;
   __builtin_memcpy(&four, q, sizeof four);
@@ -68,6 +75,9 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
     for (; group + 2 <= groups; group += 2) {
       const __m512i x0 = four_inputs(q + group * kGroup), x1 = four_inputs(q + (group + 1) * kGroup);
       const int8_t* from = packed + group * BLOCKS * kBlockBytes;
+#pragma GCC unroll 8
+      for (int b = 0; b < 2 * BLOCKS; ++b)
+        _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead + b * kBlockBytes, HINT);
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b) {
         multiply_add(sums[0][b], x0, _mm512_load_si512(from + b * kBlockBytes));
@@ -96,7 +106,12 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
       const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][b]), _mm512_set1_ps(x_scale[r]));
-      _mm512_mask_storeu_ps(y + r * y_stride + b * kLanes, lanes, _mm512_mul_ps(sum, scale));
+      float* to = y + r * y_stride + b * kLanes;
+      if (lanes == 0xffff) {  // what a masked store wrote is slow to read soon after
+        _mm512_storeu_ps(to, _mm512_mul_ps(sum, scale));
+      } else {
+        _mm512_mask_storeu_ps(to, lanes, _mm512_mul_ps(sum, scale));
+      }
     }
   }
 }
@@ -129,6 +144,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 
 }  // namespace
 
-const Isa kAvx512Vnni = {quantize, tile, 0x80, rms_norm, rotate, attend, swiglu};
+const Isa kAvx512Vnni = {quantize, tile, 0x80, rms_norm, add, rotate, attend, swiglu};
 
 }  // namespace tinyllm
