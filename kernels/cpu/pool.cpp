@@ -3,6 +3,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <mutex>
 #include <thread>
 
@@ -12,6 +14,10 @@ namespace {
 constexpr int kPause = 1 << 12;      // looks at a barrier before sleeping, about 60 us
 constexpr int kIdlePause = 1 << 13;  // looks for new work: longer than Python needs between tokens
 constexpr int kMaxThreads = 255;
+
+using Clock = std::chrono::steady_clock;
+constexpr Clock::duration kLate = std::chrono::milliseconds(1);  // a scheduler's slice is longer
+constexpr Clock::duration kShortest = std::chrono::milliseconds(10), kLongest = std::chrono::milliseconds(320);
 
 // Looks `times` times, then sleeps, until `value` is no longer `old`.
 int changed(std::atomic<int>& value, int old, int times) {
@@ -32,6 +38,8 @@ struct Pool {
   Work work = nullptr;
   void* context = nullptr;
   int n_workers = 0;
+  Clock::time_point alone_until{};
+  Clock::duration pause = kShortest;
   const pid_t process = getpid();
 
   void serve(int thread, int seen) {
@@ -52,6 +60,9 @@ struct Pool {
     order.notify_all();
     work(context, Team{0, size, &barrier});
     barrier.meet(size);
+    const bool late = barrier.was_late();
+    if (late) alone_until = Clock::now() + pause;
+    pause = late ? std::min(2 * pause, kLongest) : kShortest;
   }
 };
 
@@ -75,7 +86,9 @@ void Barrier::meet(int size) {
     round_.store(round + 1, std::memory_order_release);
     round_.notify_all();
   } else {
+    const Clock::time_point started = Clock::now();
     changed(round_, round, kPause);
+    if (Clock::now() - started > kLate) late_.store(true, std::memory_order_relaxed);
   }
 }
 
@@ -83,7 +96,8 @@ void run_team(int threads, Work work, void* context) {
   const int size = threads < 1 ? 1 : threads > kMaxThreads ? kMaxThreads : threads;
   if (size > 1) {
     Pool& all = pool();
-    if (const std::unique_lock<std::mutex> lock{all.busy, std::try_to_lock}) {
+    if (const std::unique_lock<std::mutex> lock{all.busy, std::try_to_lock};
+        lock && Clock::now() >= all.alone_until) {
       all.work = work;
       all.context = context;
       return all.run(size);
