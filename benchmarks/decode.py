@@ -112,7 +112,7 @@ def ratios(config: ModelConfig, row: dict[str, float]) -> dict[str, float]:
             engine = name.removesuffix(f" {kind}")
             if name.endswith(kind) and engine != OURS:
                 found[f"{kind} / {engine}"] = row[f"{OURS} {kind}"] / speed
-    cached = KVCache.n_bytes(config, 1, PROMPT + NEW // 2, torch.float32)
+    cached = KVCache.n_bytes(config, 1, PROMPT + NEW // 2, torch.bfloat16)
     read = weight_bytes(config) + cached
     found["read_share"] = row[f"{OURS} decode"] * read / row[BANDWIDTH]
     return {name: round(value, 3) for name, value in found.items()}

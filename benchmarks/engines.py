@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from tinyllm.inference.cache import KVCache
+from tinyllm.inference.generate import cache_dtype
 from tinyllm.model.init import build_model
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
@@ -54,9 +55,9 @@ def config_of(d: int, n_layers: int, n_heads: int, vocab_size: int, d_ff: int) -
 class Ours:
     """Our model, in any format."""
 
-    def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
+    def __init__(self, model: Transformer) -> None:
         self._model = model
-        self._cache = KVCache(model.config, 1, MAX_LEN, dtype, "cpu")
+        self._cache = KVCache(model.config, 1, MAX_LEN, cache_dtype(model), "cpu")
 
     def set_threads(self, n: int) -> None:
         """See `Engine`."""
@@ -163,13 +164,13 @@ def write_gguf_q8(model: Transformer, path: Path) -> None:
 def build_engines(config: ModelConfig, folder: Path) -> dict[str, Engine | None]:
     """Return every engine by its name, None for those that are not installed."""
     model = build_model(config, seed=0).eval().requires_grad_(False)
-    engines: dict[str, Engine | None] = {"ours INT8": Ours(quantize_model(model), torch.float32)}
+    engines: dict[str, Engine | None] = {"ours INT8": Ours(quantize_model(model))}
     makers: dict[str, tuple[str, Callable[[], Engine]]] = {
         "llama.cpp Q8_0": ("llama_cpp", lambda: _llama_cpp(model, folder)),
     }
     for name, (package, make) in makers.items():
         engines[name] = make() if importlib.util.find_spec(package) else None
-    engines["torch bf16"] = Ours(model.bfloat16(), torch.bfloat16)
+    engines["torch bf16"] = Ours(model.bfloat16())
     return engines
 
 

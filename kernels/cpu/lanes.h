@@ -36,10 +36,7 @@ typedef float Four __attribute__((vector_size(16)));
   } else {
     __builtin_memcpy(&halves, x, static_cast<size_t>(n) * sizeof(uint16_t));
   }
-  const IntLanes bits = __builtin_convertvector(halves, IntLanes) << 16;
-  Lanes lanes;
-  __builtin_memcpy(&lanes, &bits, sizeof lanes);
-  return lanes;
+  return (Lanes)(__builtin_convertvector(halves, IntLanes) << 16);
 }
 
 // Two calls of memcpy: with one of variable size even whole vectors go through memory.
@@ -70,6 +67,26 @@ template <class T>
   return sum;
 }
 
+// The largest number, whatever their order; NaN is not looked at.
+[[gnu::always_inline]] inline float largest(const float* x, int64_t n) {
+  Lanes most = Lanes{} - __builtin_inff();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Lanes some = load(x + i, kLanes);
+    most = some > most ? some : most;
+  }
+  Eight eight[2];
+  __builtin_memcpy(eight, &most, sizeof most);
+  eight[0] = eight[1] > eight[0] ? eight[1] : eight[0];
+  Four four[2];
+  __builtin_memcpy(four, eight, sizeof four);
+  four[0] = four[1] > four[0] ? four[1] : four[0];
+  float one = four[0][0];
+  for (int lane = 1; lane < 4; ++lane) one = four[0][lane] > one ? four[0][lane] : one;
+  for (; i < n; ++i) one = x[i] > one ? x[i] : one;
+  return one;
+}
+
 template <class T>
 [[gnu::always_inline]] inline float dot(const float* a, const T* b, int64_t n) {
   return sum_lanes(products(a, b, n));
@@ -91,12 +108,8 @@ template <class T>
   series = series * rest + 0.5f;
   series = series * rest + 1.0f;
   series = series * rest + 1.0f;
-  IntLanes bits;
-  __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits = ((bits - 0x4b400000) + 127) << 23;
-  Lanes power;
-  __builtin_memcpy(&power, &bits, sizeof power);
-  return series * power;
+  const IntLanes exponents = (((IntLanes)shifted - 0x4b400000) + 127) << 23;
+  return series * (Lanes)exponents;  // a copy by memcpy would go through memory
 }
 
 void add(const float* x, int64_t n, float* y) {
@@ -191,8 +204,7 @@ template <int64_t D, class T>
   for (; s + kLanes <= n_keys; s += kLanes)
     store(scores + s, dot_with_16(q, keys + s * stride, stride, d_head) * scale, kLanes);
   for (; s < n_keys; ++s) scores[s] = dot(q, keys + s * stride, d_head) * scale;
-  float most = -__builtin_inff();
-  for (s = 0; s < n_keys; ++s) most = scores[s] > most ? scores[s] : most;
+  const float most = largest(scores, n_keys);
   Lanes total = {};
   for (s = 0; s < n_keys; s += kLanes) {
     const int64_t n = n_keys - s;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.inference.cache import KVCache
-from tinyllm.inference.generate import compute_dtype
+from tinyllm.inference.generate import cache_dtype
 from tinyllm.model.transformer import Transformer
 from tinyllm.quantization.load import load_any_model
 
@@ -88,5 +88,5 @@ class TorchRunner:
     def _new_cache(self) -> KVCache:
         """Return an empty cache as long as the model's context."""
         config = self._model.config
-        dtype = compute_dtype(self._model)
+        dtype = cache_dtype(self._model)
         return KVCache(config, 1, config.max_seq_len, dtype, self.rope_cos.device)

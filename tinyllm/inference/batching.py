@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tinyllm.inference.generate import StopReason, check_prompt, compute_dtype
+from tinyllm.inference.generate import StopReason, cache_dtype, check_prompt
 from tinyllm.inference.prefix import Prefix
 from tinyllm.inference.sampling import (
     SamplingParams,
@@ -79,7 +79,7 @@ class Engine:
             n_slots, chunk_tokens, max_waiting, [prefix.ids for prefix in prefixes]
         )
         self._cache = SlotCache(
-            model.config, n_slots + len(prefixes), compute_dtype(model), self._device
+            model.config, n_slots + len(prefixes), cache_dtype(model), self._device
         )
         for i, prefix in enumerate(prefixes):
             self._cache.store(n_slots + i, prefix.keys, prefix.values)
