@@ -201,8 +201,12 @@ template <int64_t D, class T>
   const int64_t n_keys = cached.n_keys, stride = cached.stride;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d_head));
   int64_t s = 0;
-  for (; s + kLanes <= n_keys; s += kLanes)
+  for (; s + kLanes <= n_keys; s += kLanes) {
+    for (int64_t key = s; key < s + kLanes; ++key)  // their values are wanted next
+      for (int64_t line = 0; line < d_head; line += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(values + key * stride + line);
     store(scores + s, dot_with_16(q, keys + s * stride, stride, d_head) * scale, kLanes);
+  }
   for (; s < n_keys; ++s) scores[s] = dot(q, keys + s * stride, d_head) * scale;
   const float most = largest(scores, n_keys);
   Lanes total = {};

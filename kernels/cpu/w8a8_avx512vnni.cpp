@@ -38,13 +38,6 @@ float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
   return absmax / 127.0f;
 }
 
-#ifndef HINT
-#define HINT _MM_HINT_T0
-#endif
-#ifndef AHEAD
-#define AHEAD 4096
-#endif
-constexpr int64_t kAhead = AHEAD;
 __m512i four_inputs(const int8_t* q) {
   int32_t four;
   __builtin_memcpy(&four, q, sizeof four);
@@ -70,14 +63,13 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
     for (int r = 0; r < ROWS; ++r) sums[r][b] = start;
   }
   int64_t group = 0;
-  if constexpr (ROWS == 1) {  // twice as many sums, or the latency of four additions shows
+  // Twice as many sums, or the latency of four additions shows. The weights are one stream, which the
+  // processor fetches ahead by itself: every hint to do so cost 3 to 20 % of the bandwidth.
+  if constexpr (ROWS == 1) {
     __m512i odd[BLOCKS] = {};
     for (; group + 2 <= groups; group += 2) {
       const __m512i x0 = four_inputs(q + group * kGroup), x1 = four_inputs(q + (group + 1) * kGroup);
       const int8_t* from = packed + group * BLOCKS * kBlockBytes;
-#pragma GCC unroll 8
-      for (int b = 0; b < 2 * BLOCKS; ++b)
-        _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead + b * kBlockBytes, HINT);
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b) {
         multiply_add(sums[0][b], x0, _mm512_load_si512(from + b * kBlockBytes));
