@@ -30,6 +30,12 @@ typedef float Four __attribute__((vector_size(16)));
 
 // bf16: the upper half of an fp32 number.
 [[gnu::always_inline]] inline Lanes load(const uint16_t* x, int64_t n) {
+#ifdef __AVX512F__  // GCC 12 widens in two halves
+  if (n >= kLanes) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    return (Lanes)_mm512_slli_epi32(words, 16);
+  }
+#endif
   ShortLanes halves = {};
   if (n >= kLanes) {
     __builtin_memcpy(&halves, x, sizeof halves);
