@@ -14,6 +14,7 @@ QUICK = (
     "adamw8bit",
     "attention",
     "attention_kinds",
+    "decode",
     "memory",
     "throughput",
     "time_to_loss",
