@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ def one_round(engines: dict[str, Engine], prompt: list[int], samples: Samples) -
     """Let each engine read the prompt and write."""
     for name, engine in engines.items():
         engine.clear()
-        logits = samples.time(f"{name} prefill", lambda e=engine: e.read(prompt))
+        logits = samples.time(f"{name} prefill", partial(engine.read, prompt))
         for _ in range(NEW):
             token = int(np.argmax(logits))
-            logits = samples.time(f"{name} decode", lambda e=engine, t=token: e.read([t]))
+            logits = samples.time(f"{name} decode", partial(engine.read, [token]))
 
 
 def measure(config: ModelConfig, threads: list[int], rounds: int) -> dict[str, dict[str, float]]:

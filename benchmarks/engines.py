@@ -144,7 +144,8 @@ def write_gguf_q8(model: Transformer, path: Path) -> None:
 
     matrix("token_embd", model.embed_tokens.weight)
     norm("output_norm", model.norm.weight)
-    for i, block in enumerate(model.layers):
+    blocks: list[Any] = list(model.layers)
+    for i, block in enumerate(blocks):
         attention, mlp = block.self_attn, block.mlp
         norm(f"blk.{i}.attn_norm", block.input_layernorm.weight)
         norm(f"blk.{i}.ffn_norm", block.post_attention_layernorm.weight)

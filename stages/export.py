@@ -1,4 +1,4 @@
-"""export: data/models/lora/merged -> data/export/{hf,onnx}, proven on text of data/clean/val."""
+"""export: data/models/lora/merged -> data/export/{hf,onnx,gguf}, proven on data/clean/val."""
 
 import os
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from stages.runner import console_progress, run_stage
 from tinyllm import paths
 from tinyllm.artifact import build_artifact, load_manifest, verify_files
 from tinyllm.corpus.documents import read_documents
-from tinyllm.export.bundle import HF, ONNX_FLOAT, ONNX_INT8, prove_bundle, write_bundle
+from tinyllm.export.bundle import GGUF, HF, ONNX_FLOAT, ONNX_INT8, prove_bundle, write_bundle
 from tinyllm.export.params import ExportParams
 from tinyllm.export.verify import check_parity
 from tinyllm.model.directory import WEIGHTS
@@ -37,6 +37,7 @@ def export() -> None:
         proof = prove_bundle(paths.LORA_MERGED, draft.path, texts, params, progress)
         check_parity(proof.exact, proof.text, params.max_logit_diff)
     files = {"hf": f"{HF}/{WEIGHTS}", "onnx": ONNX_FLOAT, "onnx_int8": ONNX_INT8}
+    files |= {f"gguf_{kind}": file for kind, file in GGUF.items()}
     sizes = {
         f"{name}_bytes": (paths.EXPORT / file).stat().st_size
         for name, file in files.items()

@@ -5,15 +5,21 @@
 
 #include <algorithm>
 
-#include "adamw8bit_blocks.h"
-
 namespace tinyllm {
 namespace {
 
 constexpr int64_t kBlocksPerTask = 64;  // 64 KB of parameters
 
-}  // namespace
+void look_up(const float* table, const uint8_t* index, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = table[index[i]];
+}
 
+}  // namespace
+}  // namespace tinyllm
+
+#include "adamw8bit_blocks.h"
+
+namespace tinyllm {
 void adamw8bit_portable(const AdamW8bit& s, int64_t first, int64_t last) { step_blocks(s, first, last); }
 
 }  // namespace tinyllm

@@ -15,16 +15,17 @@ namespace tinyllm {
 constexpr int64_t kStateBlock = 256;
 constexpr float kTinyScale = 0x1p-120f;  // a block that is smaller counts as zero: 1 / scale is finite
 
-// How the nearest code is found without a search: the upper bits of the float (8 of the mantissa)
-// lead to the first code that can be nearest, and one comparison with the middle between that code
-// and the next one decides; no two middles have the same upper bits.
-constexpr int32_t kLowestExponent = 127 - 26;  // all codes but 0 are above 2^-23
-constexpr int32_t kBuckets = 27 * 256;         // exponents -26 .. 0
+// How the nearest code is found without a search. Within a decade the codes are equally far apart,
+// and each decade's are farther apart than those below it: so the number of codes below x is the
+// least of seven straight lines. Moved down by a half, it names the nearest code or the one before
+// it, whatever the rounding, and one comparison with the middle between the two decides.
+constexpr int kDecades = 7;
 
 struct StateCode {
-  const float* value;    // [256] rising
-  const float* middle;   // [256] between a code and the next; the last is infinite
-  const uint8_t* first;  // [buckets of positive numbers, then of negative ones]
+  const float* value;   // [256] rising
+  const float* middle;  // [256] between a code and the next; the last is infinite
+  float slope[kDecades], offset[kDecades];  // of the lines, for magnitudes
+  int32_t zero;         // the number of the code 0
 };
 
 struct AdamW8bit {

@@ -1,7 +1,7 @@
-// The step of adamw8bit.h for some blocks; included by each instruction set. Static: see w8a8.h.
+// The step of adamw8bit.h for some blocks; included by each instruction set after its `look_up`,
+// which reads a table of 256 numbers. Static: see w8a8.h.
 //
-// Tables are read by one load per number into a buffer, everything else is loops that the compiler
-// turns into vectors: gathers take 45 cycles for 16 numbers on Zen 4, 16 loads and stores take 16.
+// Everything but the tables is loops that the compiler turns into vectors.
 #pragma once
 #include <cstddef>
 
@@ -12,32 +12,31 @@ namespace {
 
 void quantize(const float* x, int64_t n, const StateCode& code, uint8_t* q, float* scale) {
   uint32_t most = 0;  // magnitudes are ordered like their bits
-  uint32_t bits[kStateBlock];
-  __builtin_memcpy(bits, x, static_cast<std::size_t>(n) * sizeof *x);
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = bits[i] & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + i, sizeof bits);
+    most = (bits & 0x7fffffff) > most ? bits & 0x7fffffff : most;
   }
   float largest;
   __builtin_memcpy(&largest, &most, sizeof largest);
   *scale = largest >= kTinyScale ? largest : 0.0f;
   const float inverse = largest >= kTinyScale ? 1.0f / largest : 0.0f;
-  float scaled[kStateBlock];
-  int32_t bucket[kStateBlock];
-  for (int64_t i = 0; i < n; ++i) scaled[i] = x[i] * inverse;
-  __builtin_memcpy(bits, scaled, static_cast<std::size_t>(n) * sizeof *bits);
-  for (int64_t i = 0; i < n; ++i) {
-    int32_t at = static_cast<int32_t>((bits[i] & 0x7fffffff) >> 15) - (kLowestExponent << 8);
-    at = at < 0 ? 0 : at;
-    at = at > kBuckets - 1 ? kBuckets - 1 : at;
-    bucket[i] = at + (static_cast<int32_t>(bits[i]) < 0 ? kBuckets : 0);
-  }
+  float scaled[kStateBlock], middle[kStateBlock];
   uint8_t first[kStateBlock];
-  float middle[kStateBlock];
   for (int64_t i = 0; i < n; ++i) {
-    first[i] = code.first[bucket[i]];
-    middle[i] = code.middle[first[i]];
+    scaled[i] = x[i] * inverse;
+    const float magnitude = __builtin_fabsf(scaled[i]);
+    float below = magnitude * code.slope[0] + code.offset[0];
+    for (int d = 1; d < kDecades; ++d) {
+      const float line = magnitude * code.slope[d] + code.offset[d];
+      below = line < below ? line : below;
+    }
+    below = below > 0.0f ? below : 0.0f;  // and where it is not a number
+    const int32_t count = static_cast<int32_t>(below);
+    const int32_t at = scaled[i] < 0.0f ? code.zero - 1 - count : code.zero + count;
+    first[i] = static_cast<uint8_t>(at > 0 ? at : 0);
   }
+  look_up(code.middle, first, middle, n);
   for (int64_t i = 0; i < n; ++i)
     q[i] = static_cast<uint8_t>(first[i] + (scaled[i] > middle[i] ? 1 : 0));
 }
@@ -50,8 +49,8 @@ void step_blocks(const AdamW8bit& s, int64_t first, int64_t last) {
     const float* g = s.g + at;
     float* p = s.p + at;
     float m[kStateBlock], v[kStateBlock];
-    for (int64_t i = 0; i < n; ++i) m[i] = s.signed_code.value[s.m[at + i]];
-    for (int64_t i = 0; i < n; ++i) v[i] = s.unsigned_code.value[s.v[at + i]];
+    look_up(s.signed_code.value, s.m + at, m, n);
+    look_up(s.unsigned_code.value, s.v + at, v, n);
     for (int64_t i = 0; i < n; ++i) {
       m[i] = m[i] * m_scale * s.beta1 + g[i] * s.rest1;
       v[i] = v[i] * v_scale * s.beta2 + g[i] * g[i] * s.rest2;

@@ -1,5 +1,7 @@
 """A tiny model directory with a real tokenizer, for the export tests."""
 
+from functools import cache
+
 import torch
 from tiny_lm import tiny_model
 from tiny_text import made_up_text, tiny_tokenizer
@@ -30,8 +32,13 @@ def write_clean(folder, seed=1):
             write_documents(draft.path / split, documents)
 
 
+@cache
+def _tokenizer():
+    return tiny_tokenizer(400)
+
+
 def write_model(folder, clean, **changes):
-    tokenizer = tiny_tokenizer(400)
+    tokenizer = _tokenizer()
     with build_artifact(folder, kind="lora", made_from=[clean]) as draft:
         save_model(lively_model(tokenizer.vocab_size, **changes), draft.path)
         document = tokenizer.backend.to_str()

@@ -148,7 +148,14 @@ def test_prompts_spread_over_texts():
 
 
 def test_params_refuse_by_name():
-    good = {"opset": 20, "onnx_int8": True, "prompts": 3, "prompt_tokens": 8, "greedy_tokens": 8}
+    good = {
+        "opset": 20,
+        "onnx_int8": True,
+        "gguf": ("f32",),
+        "prompts": 3,
+        "prompt_tokens": 8,
+        "greedy_tokens": 8,
+    }
     ExportParams(**good, max_logit_diff=1e-4)
     with pytest.raises(ValueError, match="opset: 12"):
         ExportParams(**{**good, "opset": 12}, max_logit_diff=1e-4)

@@ -71,6 +71,23 @@ def test_packed_documents_are_as_if_alone(kind):
 
 
 @kinds
+@pytest.mark.parametrize("d_head", [None, 16], ids=["", "heads of 16"])  # 16: our kernel's
+def test_training_sees_what_evaluation_sees(kind, d_head):
+    if d_head is not None:
+        wide = (
+            {"mla": dataclasses.replace(MLA, d_nope=8, d_rope=8, d_v=16)} if "mla" in kind else {}
+        )
+        kind = {**kind, **wide, "d_head": d_head}
+    model, ids = tiny_model(**kind), ids_of(2, 20)
+    documents = torch.tensor([[4] * 7 + [2] * 13, [1] * 20])
+    with torch.no_grad():
+        for packed in (None, documents):
+            evaluated = model.eval()(ids, document_ids=packed)
+            trained = model.train()(ids, document_ids=packed)
+            torch.testing.assert_close(trained, evaluated, atol=2e-5, rtol=0)
+
+
+@kinds
 def test_a_directory_keeps_the_kind(tmp_path, kind):
     model, ids = tiny_model(**kind), ids_of(1, 12)
     with build_artifact(tmp_path / "m", kind="pretrain", made_from=[]) as draft:

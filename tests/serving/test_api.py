@@ -234,3 +234,27 @@ def test_a_full_queue_a_missing_key_and_too_long_a_time(strict):
 def test_a_taken_port_is_told_in_one_line(server):
     with pytest.raises(ServeError, match=r"127.0.0.1:\d+: Address already in use; choose another"):
         listen("127.0.0.1", server.port)
+
+
+def test_an_answer_is_json_of_the_asked_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"enum": ["merry", "grim"]}, "age": {"enum": [7, 70]}},
+        "required": ["mood", "age"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=400, seed=1, n=2, response_format=wanted
+    )
+    for choice in answer.choices:
+        person = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop"
+        assert person["mood"] in ("merry", "grim")
+        assert person["age"] in (7, 70)
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused(client):
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}
+    with pytest.raises(openai.BadRequestError, match="the schema cannot be used"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=wanted)

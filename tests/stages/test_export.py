@@ -14,8 +14,8 @@ from tinyllm.artifact import load_manifest, verify_files
 from tinyllm.errors import GateError, LineageError
 from tinyllm.export import bundle
 
-PARAMS = """export: {{opset: 20, onnx_int8: true, prompts: 2, prompt_tokens: 16, greedy_tokens: 24,
-  max_logit_diff: {bar}}}
+PARAMS = """export: {{opset: 20, onnx_int8: true, gguf: [f32, q8_0], prompts: 2,
+  prompt_tokens: 16, greedy_tokens: 24, max_logit_diff: {bar}}}
 """
 
 
@@ -39,6 +39,10 @@ def test_artifact_is_whole_and_knows_its_ancestors(pipeline):
     names = set(manifest.files)
     assert {"hf/README.md", "hf/model.safetensors", "hf/chat_template.jinja"} < names
     assert {"onnx/model.onnx", "onnx/model_int8.onnx", "onnx/tokenizer.json"} < names
+    assert {name for name in names if "gguf" in name} == {
+        "gguf/model_f32.gguf",
+        "gguf/model_q8_0.gguf",
+    }
     assert "| val_bpb | 2.5 |" in (paths.EXPORT / "hf/README.md").read_text()
 
 
@@ -50,6 +54,7 @@ def test_metrics_have_the_parity_table(pipeline):
     assert rows["onnx_int8"]["max_logit_diff"] > 1e-4
     assert rows["text"]["unequal_texts"] == rows["text"]["unequal_chats"] == 0
     assert rows["onnx_bytes"] == (paths.EXPORT / "onnx/model.onnx").stat().st_size
+    assert rows["gguf_f32_bytes"] > 3 * rows["gguf_q8_0_bytes"] > 0
 
 
 def test_difference_above_the_bar_fails_and_keeps_the_old_export(pipeline, monkeypatch):

@@ -2,6 +2,7 @@
 
 hf/     for transformers
 onnx/   model.onnx, model_int8.onnx, and what a tokenizer and a chat need
+gguf/   model_f32.gguf, ..., each whole in itself, for llama.cpp
 """
 
 import shutil
@@ -15,11 +16,13 @@ import torch
 
 from tinyllm.artifact import load_manifest
 from tinyllm.export.card import model_card
+from tinyllm.export.gguf import write_gguf
+from tinyllm.export.gguf_layout import gguf_refusal
 from tinyllm.export.hf import write_hf
 from tinyllm.export.hf_runtime import TransformersModel
 from tinyllm.export.onnx import export_onnx
 from tinyllm.export.onnx_int8 import quantize_onnx
-from tinyllm.export.params import ExportParams
+from tinyllm.export.params import ExportParams, GgufType
 from tinyllm.export.runtime import OnnxModel
 from tinyllm.export.verify import (
     Parity,
@@ -29,7 +32,7 @@ from tinyllm.export.verify import (
     compare_text,
     cut_prompts,
 )
-from tinyllm.model.directory import load_model
+from tinyllm.model.directory import load_config, load_model
 from tinyllm.model.init import count_parameters
 from tinyllm.progress import Progress
 from tinyllm.tokenizer.chat import ChatTemplate, Message
@@ -38,6 +41,11 @@ from tinyllm.tokenizer.tokenizer import Tokenizer
 
 HF, ONNX = "hf", "onnx"
 ONNX_FLOAT, ONNX_INT8 = f"{ONNX}/model.onnx", f"{ONNX}/model_int8.onnx"
+GGUF: dict[GgufType, str] = {
+    "f32": "gguf/model_f32.gguf",
+    "f16": "gguf/model_f16.gguf",
+    "q8_0": "gguf/model_q8_0.gguf",
+}
 MAX_TEXT = 100_000
 """Characters of a text that tokenizers are compared on; every branch of the split occurs in it."""
 
@@ -87,6 +95,19 @@ def write_bundle(source: Path, directory: Path, params: ExportParams, progress: 
     for path in sorted((directory / HF).iterdir()):
         if path.suffix in {".json", ".jinja"}:
             shutil.copyfile(path, directory / ONNX / path.name)
+    _write_ggufs(source, directory, params, progress)
+
+
+def _write_ggufs(source: Path, directory: Path, params: ExportParams, progress: Progress) -> None:
+    """Write the GGUF files; say why where llama.cpp has no such architecture."""
+    reason = gguf_refusal(load_config(source)[0])
+    if params.gguf and reason:
+        progress.say(f"no GGUF file: {reason}")
+        return
+    for kind in params.gguf:
+        progress.say(f"writing {GGUF[kind]}")
+        (directory / GGUF[kind]).parent.mkdir(exist_ok=True)
+        write_gguf(source, directory / GGUF[kind], kind)
 
 
 def prove_bundle(

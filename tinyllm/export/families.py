@@ -10,6 +10,7 @@
 Reading their config.json is the business of `hf_import.py`.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from tinyllm.errors import DataError
@@ -38,12 +39,8 @@ _WANTED: dict[Family, dict[str, Any]] = {
 """What each class can only be, under the names of params.yaml."""
 
 
-def family_of(config: ModelConfig) -> Family:
-    """Return the class that gives the same logits.
-
-    Raises:
-        DataError: there is none; the message names the nearest and what it would take.
-    """
+def misfits(config: ModelConfig) -> dict[Family, dict[str, Any]]:
+    """Return for each class what it cannot be of an architecture, as the values it would need."""
     ours = {
         **config.to_json(),
         **{"attention": "gqa" if config.mla is None else "mla", "window": config.window},
@@ -51,17 +48,34 @@ def family_of(config: ModelConfig) -> Family:
         **{"positions": config.positions, "qk_norm": config.qk_norm},
         "n_kv_heads": "n_heads" if config.n_kv_heads == config.n_heads else config.n_kv_heads,
     }
-    missing = {
+    return {
         family: {name: value for name, value in wanted.items() if ours[name] != value}
         for family, wanted in _WANTED.items()
     }
+
+
+def spell(changes: Mapping[str, Any]) -> str:
+    """Return changes of the architecture as one types them.
+
+    >>> spell({"window": None, "qk_norm": True})
+    'model.window=null, model.qk_norm=true'
+    """
+    return ", ".join(f"model.{name}={_yaml(value)}" for name, value in changes.items())
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Return the class that gives the same logits.
+
+    Raises:
+        DataError: there is none; the message names the nearest and what it would take.
+    """
+    missing = misfits(config)
     nearest = min(missing, key=lambda family: len(missing[family]))
     if not missing[nearest]:
         return nearest
-    changes = ", ".join(f"model.{name}={_yaml(v)}" for name, v in missing[nearest].items())
     raise DataError(
         f"export: transformers has no class for this architecture; the nearest,"
-        f" {CLASSES[nearest]}, would need {changes}"
+        f" {CLASSES[nearest]}, would need {spell(missing[nearest])}"
     )
 
 

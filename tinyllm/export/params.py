@@ -1,6 +1,10 @@
 """The `export` section of params.yaml."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+GgufType = Literal["f32", "f16", "q8_0"]
+"""How a GGUF file stores matrices: exactly, in half precision, in 8 bits with a scale per 32."""
 
 OPSETS = range(18, 24)
 """Operator sets that the exporter writes and ONNX Runtime runs; 18 and 20 are the most portable."""
@@ -14,6 +18,8 @@ class ExportParams:
     """Version of ONNX's operator set, 18 to 23."""
     onnx_int8: bool
     """Also write `model_int8.onnx`, for ONNX Runtime only."""
+    gguf: tuple[GgufType, ...]
+    """Files for llama.cpp, one per type; none where it has no such architecture."""
     prompts: int
     """Held-out passages to compare on; one conversation is added."""
     prompt_tokens: int

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.inference.generate import StopReason, cache_dtype, check_prompt
+from tinyllm.inference.guide import Guide
 from tinyllm.inference.prefix import Prefix
 from tinyllm.inference.sampling import (
     SamplingParams,
@@ -31,6 +32,8 @@ class Request(Job):
     """How tokens are chosen, and how many at most."""
     n_top_logprobs: int | None = None
     """How many alternatives are told per token; None: no logprobs at all."""
+    guide: Guide | None = None
+    """Which tokens its answer may have; None: all."""
     reason: StopReason | None = field(default=None, init=False)
     """Why it ended; None before that and when it was cancelled."""
     generator: torch.Generator | None = field(default=None, init=False)
@@ -169,7 +172,7 @@ class Engine:
     def _take(self, requests: Sequence[Request], logits_BV: Tensor) -> list[Made]:
         """Choose everyone's next token and end those who are done."""
         made = []
-        for i, token in enumerate(self._choose(requests, logits_BV)):
+        for i, token in enumerate(self._choose(requests, _guided(requests, logits_BV))):
             request = requests[i]
             if token in self._stop_ids:
                 request.reason = "stop"
@@ -179,6 +182,8 @@ class Engine:
                 if n_top is not None:
                     logprob = token_logprob(logits_BV[i], token, n_top)
                 request.ids.append(token)
+                if request.guide is not None:
+                    request.guide.take(token)
                 if request.seen is not None:
                     request.seen[token] = True
                 request.reason = self._limit(request)
@@ -215,3 +220,14 @@ class Engine:
             for i, token in zip(members, chosen, strict=True):
                 tokens[i] = token
         return tokens
+
+
+def _guided(requests: Sequence[Request], logits_BV: Tensor) -> Tensor:
+    """Return the logits, -inf where a request's guide refuses a token."""
+    guides = [(i, request.guide) for i, request in enumerate(requests) if request.guide is not None]
+    if not guides:
+        return logits_BV
+    refused_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for i, guide in guides:
+        refused_BV[i] = ~guide.allowed().to(logits_BV.device)
+    return logits_BV.masked_fill(refused_BV, -torch.inf)

@@ -52,7 +52,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        document_ids: Tensor | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """Return the attended values, (B, T, D).
 
@@ -61,7 +67,9 @@ class Attention(nn.Module):
             cos: rotary cosines of the T positions.
             sin: rotary sines of the T positions.
             mask: True where a query may look at a key, broadcastable to (B, 1, T, S); None means
-            causal with T = S, or one query that sees every key (of its window).
+            causal with T = S, or one query that sees every key (of its window). In training
+            without a cache there is none: our kernels know documents and windows themselves.
+            document_ids: (B, T) in training, where several documents share a row.
             cache: where keys and values of earlier positions are kept; None means there are none.
         """
         B, T, _ = x_BTD.shape
@@ -75,7 +83,10 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         if mask is None and T == 1 and self.window is not None:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-        y_BHTK = attend(q, k, v, mask, learns=self.training)
+        if self.training and cache is None:
+            y_BHTK = attention(q, k, v, document_ids=document_ids, window=self.window or 0)
+        else:
+            y_BHTK = attend(q, k, v, mask)
         out: Tensor = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
         return out
 
@@ -86,10 +97,8 @@ def attend(
     v_BGSK: Tensor,
     mask: Tensor | None,
     scale: float | None = None,
-    *,
-    learns: bool,
 ) -> Tensor:
-    """Return softmax(scale Q K^T) V of every head, (B, H, T, width of v).
+    """Return softmax(scale Q K^T) V of every head, (B, H, T, width of v), by torch's operators.
 
     Args:
         q_BHTK: queries.
@@ -97,11 +106,7 @@ def attend(
         v_BGSK: values, of any width.
         mask: as in `Attention.forward`.
         scale: of the scores; None: 1 / sqrt(K).
-        learns: in training; then our kernel may serve whole sequences. Exported graphs must hold
-            torch's operators alone.
     """
-    if learns and mask is None and q_BHTK.shape[2] == k_BGSK.shape[2]:
-        return attention(q_BHTK, k_BGSK, v_BGSK, scale=scale)
     return F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK,

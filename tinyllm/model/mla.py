@@ -23,6 +23,7 @@ from tinyllm.model.attention import LayerCache, attend, causal_mask
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.rope import apply_rope, yarn_temperature
 from tinyllm.model.sizes import MlaSizes, ModelConfig
+from tinyllm.ops.attention import attention
 
 LATENT_EPS = 1e-6
 """Of the norms of the latents, whatever `norm_eps` is: DeepSeek's code fixes it."""
@@ -53,7 +54,13 @@ class LatentAttention(nn.Module):
         self.scale = factor * (sizes.d_nope + sizes.d_rope) ** -0.5
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        document_ids: Tensor | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """Return the attended values, (B, T, D); arguments as in `Attention.forward`."""
         B, T, _ = x_BTD.shape
@@ -72,8 +79,17 @@ class LatentAttention(nn.Module):
             key, latent = key[:, :, -self.window :], latent[:, :, -self.window :]
         # what stands in for a plain layer (LoRA) has no one matrix that could be absorbed
         absorb = cache is not None and self.absorbs and type(self.kv_b_proj) is nn.Linear
-        way = self._absorbed if absorb else self._naive
-        y_BHTV = way(q_nope, q_rope, latent, key, mask)
+        if absorb:
+            y_BHTV = self._absorbed(q_nope, q_rope, latent, key, mask)
+        else:
+            k, v = self._expand(latent, key)
+            q = torch.cat((q_nope, q_rope), dim=-1)
+            if self.training and cache is None:
+                y_BHTV = attention(
+                    q, k, v, document_ids=document_ids, window=self.window or 0, scale=self.scale
+                )
+            else:
+                y_BHTV = attend(q, k, v, mask, self.scale)
         out: Tensor = self.o_proj(y_BHTV.transpose(1, 2).reshape(B, T, -1))
         return out
 
@@ -86,16 +102,12 @@ class LatentAttention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         return q
 
-    def _naive(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Expand every latent to all heads' keys and values; (B, H, T, V)."""
+    def _expand(self, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all heads' keys and values of the latents, (B, H, S, ...)."""
         B, _, S, _ = latent.shape
         expanded = self.kv_b_proj(latent[:, 0]).view(B, S, self.n_heads, -1).transpose(1, 2)
         k_nope, v = torch.split(expanded, [self.sizes.d_nope, self.sizes.d_v], dim=-1)
-        k = torch.cat((k_nope, key.expand(-1, self.n_heads, -1, -1)), dim=-1)
-        queries = torch.cat((q_nope, q_rope), dim=-1)
-        return attend(queries, k, v, mask, self.scale, learns=self.training)
+        return torch.cat((k_nope, key.expand(-1, self.n_heads, -1, -1)), dim=-1), v
 
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None

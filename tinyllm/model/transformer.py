@@ -55,10 +55,17 @@ class Block(nn.Module):
         self.dropout = build_dropout(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        document_ids: Tensor | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """Return the block's output, (B, T, D); arguments as in `Attention.forward`."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, document_ids, cache)
+        x = x + self.dropout(attended)
         out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
 
@@ -116,16 +123,18 @@ class Transformer(nn.Module):
         if cache is not None:
             positions, mask = cache.plan(T)
         elif document_ids is not None:
-            mask, positions = document_mask(document_ids), document_positions(document_ids)
+            positions = document_positions(document_ids)
+            if not self.training:
+                mask = document_mask(document_ids)
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         x = self.embed_tokens(ids_BT)
         if self.embed_positions is not None:
             x = x + self.embed_positions.weight[positions]
         x = self.dropout(x)
-        masks = self._masks(mask, T)
+        masks = self._masks(mask, T, learns=self.training and cache is None)
         for i, block in enumerate(self.layers):
             layer = cache.layers[i] if cache is not None else None
-            x = run_block(block, self.checkpoint, x, cos, sin, masks[i], layer)
+            x = run_block(block, self.checkpoint, x, cos, sin, masks[i], document_ids, layer)
         normed: Tensor = self.norm(x)
         return normed
 
@@ -133,13 +142,14 @@ class Transformer(nn.Module):
         """Return the logits after each row's last token, (B, V); the other rows skip the head."""
         return self.head(self.hidden(ids_BT, cache=cache)[:, -1])
 
-    def _masks(self, mask: Tensor | None, n_tokens: int) -> list[Tensor | None]:
+    def _masks(self, mask: Tensor | None, n_tokens: int, *, learns: bool) -> list[Tensor | None]:
         """Return each block's mask: narrower for a block with a window.
 
-        Without a mask one token needs none there either: attention cuts the keys instead.
+        Without a mask one token needs none there either: attention cuts the keys instead. Nor do
+        whole sequences in training.
         """
         narrow = mask
-        if self.config.window is not None and (mask is not None or n_tokens > 1):
+        if self.config.window is not None and not learns and (mask is not None or n_tokens > 1):
             whole = causal_mask(n_tokens, self.rope_cos.device) if mask is None else mask
             narrow = window_mask(whole, self.config.window)
         windowed = self.config.window_layers

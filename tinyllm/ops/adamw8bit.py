@@ -15,7 +15,7 @@ from torch import Tensor
 from tinyllm.ops import cpu
 
 BLOCK = 256
-LOWEST_EXPONENT, BUCKETS = 127 - 26, 27 * 256
+DECADES = 7
 """As in kernels/cpu/adamw8bit.h."""
 TINY_SCALE = 2.0**-120
 """A block whose largest magnitude is smaller counts as zero."""
@@ -53,7 +53,11 @@ class Rates:
 class _Code(ctypes.Structure):
     """`tinyllm::StateCode` of kernels/cpu/adamw8bit.h."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("value", "middle", "first"))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("value", "middle")),
+        *((name, ctypes.c_float * DECADES) for name in ("slope", "offset")),
+        ("zero", ctypes.c_int32),
+    )
 
 
 class _Step(ctypes.Structure):
@@ -76,7 +80,7 @@ def dynamic_code(*, signed: bool) -> Tensor:
     parts of [0.1, 1].
     """
     codes = [0.0, 1.0]
-    for i in range(7):
+    for i in range(DECADES):
         edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
         decade = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         codes += decade + [-x for x in decade if signed]
@@ -91,26 +95,19 @@ def middles(*, signed: bool) -> Tensor:
 
 
 @functools.cache
-def _first(*, signed: bool) -> Tensor:
-    """Return, per bucket of floats with equal upper bits, the first code that can be nearest."""
-    bits = (torch.arange(BUCKETS + 1, dtype=torch.int32) + (LOWEST_EXPONENT << 8)) << 15
-    edge = bits.view(torch.float32).clone()
-    edge[0] = 0.0
-    below_next = torch.nextafter(edge[1:], torch.tensor(0.0))
-    least = torch.cat((edge[:-1], -below_next))  # of each bucket, positive ones first
-    return torch.searchsorted(middles(signed=signed), least).to(torch.uint8)
-
-
-@functools.cache
 def _code(*, signed: bool) -> tuple[_Code, tuple[Tensor, ...]]:
-    """Return the tables of a code for the library, and the memory they lie in."""
-    last = torch.tensor([math.inf])
-    tables = (
-        dynamic_code(signed=signed),
-        torch.cat((middles(signed=signed), last)),
-        _first(signed=signed),
-    )
-    return _Code(*(table.data_ptr() for table in tables)), tables
+    """Return a code for the library, and the memory its tables lie in."""
+    code = dynamic_code(signed=signed)
+    tables = (code, torch.cat((middles(signed=signed), torch.tensor([math.inf]))))
+    slopes, offsets, below = [], [], 1  # below: codes from 0 on that are less than the decade's
+    for i in range(DECADES):
+        parts = 2 ** (i if signed else i + 1)
+        slopes.append(parts / 0.9 * 10 ** (6 - i))
+        offsets.append(below - parts / 0.9 * 0.1 - 0.5)
+        below += parts
+    lines = ((ctypes.c_float * DECADES)(*line) for line in (slopes, offsets))
+    zero = int(torch.searchsorted(code, 0.0))
+    return _Code(*(table.data_ptr() for table in tables), *lines, zero), tables
 
 
 def refuses(p: Tensor) -> str | None:

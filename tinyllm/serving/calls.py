@@ -12,6 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from tinyllm.errors import DataError
 from tinyllm.inference.batching import Request
+from tinyllm.inference.conversation import stop_ids
+from tinyllm.inference.guide import Guide, Guides
 from tinyllm.inference.scheduler import QueueFullError
 from tinyllm.inference.session import Session
 from tinyllm.serving.errors import ApiError
@@ -46,6 +48,7 @@ class Calls:
     ) -> None:
         self._session, self._worker, self._limits, self._name = session, worker, limits, name
         self._system = [Message("system", system)] if system else []
+        self._guides = Guides(session.tokenizer, stop_ids(session.tokenizer))
 
     async def answer(self, http: HttpRequest, wanted: Wanted) -> Response:
         """Return the response to a checked call.
@@ -92,10 +95,20 @@ class Calls:
                 client=client,
                 sampling=replace(wanted.sampling, seed=wanted.sampling.seed + i),
                 n_top_logprobs=wanted.n_top_logprobs,
+                guide=self._guide(wanted),
             )
             for prompt in self._prompts(wanted)
             for i in range(wanted.n)
         ]
+
+    def _guide(self, wanted: Wanted) -> Guide | None:
+        """Return a guide for one answer, if it must be JSON."""
+        if wanted.json_schema is None:
+            return None
+        try:
+            return self._guides.make(wanted.json_schema)
+        except DataError as error:
+            raise ApiError(400, f"response_format: {error}", param="response_format") from None
 
     def _prompts(self, wanted: Wanted) -> list[Sequence[int]]:
         """Return the tokens of every prompt."""

@@ -25,7 +25,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": ([], None),
     "tool_choice": ("none", "auto", None),
     "functions": ([], None),
-    "response_format": ({"type": "text"}, None),
     "modalities": (["text"], None),
     "best_of": (1, None),
     "suffix": ("", None),
@@ -52,6 +51,8 @@ class Wanted:
     include_usage: bool
     n_top_logprobs: int | None
     """None: no logprobs."""
+    json_schema: Mapping[str, Any] | None
+    """What the answer must be; None: any text."""
 
 
 class _Fields:
@@ -171,6 +172,7 @@ def _parse(
         stream=stream,
         include_usage=bool((options or {}).get("include_usage")),
         n_top_logprobs=n_top_logprobs,
+        json_schema=_json_schema(fields.raw("response_format")),
     )
     fields.finish()
     return wanted
@@ -234,6 +236,22 @@ def _stops(value: Any) -> tuple[str, ...]:
             param="stop",
         )
     return tuple(stops)
+
+
+def _json_schema(value: Any) -> Mapping[str, Any] | None:
+    """Return the schema of a response format, None for plain text."""
+    match value:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return schema
+    raise ApiError(
+        400,
+        "response_format: its type must be text, json_object, or json_schema with a schema",
+        param="response_format",
+    )
 
 
 def _refuse_constant(name: str) -> None:

@@ -94,7 +94,7 @@ def estimate_memory(
         config: the model's sizes.
         params: the run's knobs.
         batch_size: sequences per micro-batch, in place of that of the knobs.
-        packed: several documents share a row, which needs a mask.
+        packed: several documents share a row.
     """
 
     def rehearse(n_layers: int) -> MemoryNeed:

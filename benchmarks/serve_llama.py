@@ -1,0 +1,158 @@
+"""Sixteen streams at once: our server on INT8 weights beside llama-cpp-python's on Q8_0 ones.
+
+    python benchmarks/serve_llama.py [MODEL_DIR] [--quick] [--threads 2]
+
+MODEL_DIR holds float weights; without it random ones are made (d 256, 6 layers). Both formats are
+written from them. The servers are processes of their own that take turns; the same clients speak
+HTTP to both. Needs `pip install 'llama-cpp-python[server]'`. The last line is one JSON object.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a spinning thread stalls a busy machine
+
+import argparse
+import asyncio
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from serve import CLIENTS, Stream, build_random, call, running_server
+
+from tinyllm.artifact import build_artifact
+from tinyllm.export.gguf import write_gguf
+from tinyllm.model.directory import CHAT_TEMPLATE, TOKENIZER, load_model
+from tinyllm.quantization.directory import save_int8_model
+from tinyllm.quantization.int8 import quantize_model
+from tinyllm.serving.server import model_name
+
+PROMPT_WORDS = 12
+
+
+def main() -> None:
+    """Write both formats, run both servers, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model_dir", nargs="?", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one round of few tokens")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    if find_spec("llama_cpp") is None:
+        print(json.dumps({"missing": "llama-cpp-python"}))
+        return
+    n_tokens, n_rounds = (24, 1) if options.quick else (128, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        source = options.model_dir or build_random(Path(folder) / "random")
+        int8_dir, gguf_file = Path(folder) / "int8", Path(folder) / "model.gguf"
+        write_int8(source, int8_dir)
+        write_gguf(source, gguf_file, "q8_0")
+        with (
+            running_server(int8_dir, Path(folder), options.threads) as (_, port),
+            llama_server(gguf_file, options.threads) as llama_port,
+        ):
+            servers = {"tinyllm": (port, model_name(int8_dir)), "llama.cpp": (llama_port, "model")}
+            figures = asyncio.run(measure(servers, n_tokens, n_rounds))
+    print(f"{'':12}{'tokens/s':>10}{'first token ms':>16}{'between tokens ms':>19}{'equal':>8}")
+    for name, row in figures.items():
+        first, between = (
+            f"{row[f'{kind}_ms_p50']:.1f} / {row[f'{kind}_ms_p95']:.1f}"
+            for kind in ("first", "between")
+        )
+        print(f"{name:12}{row['tokens_per_s']:10.0f}{first:>16}{between:>19}{row['equal']:8}")
+    ratio = figures["tinyllm"]["tokens_per_s"] / figures["llama.cpp"]["tokens_per_s"]
+    print(json.dumps({"ratio": round(ratio, 2), "clients": CLIENTS, **figures}))
+
+
+def write_int8(source: Path, directory: Path) -> None:
+    """Quantise a float model directory."""
+    with build_artifact(directory, kind="int8", made_from=[source]) as draft:
+        for name in (TOKENIZER, CHAT_TEMPLATE):
+            (draft.path / name).write_bytes((source / name).read_bytes())
+        save_int8_model(quantize_model(load_model(source)), draft.path)
+
+
+@contextmanager
+def llama_server(model: Path, threads: int) -> Iterator[int]:
+    """Run llama-cpp-python's server; streams wait for each other instead of breaking off."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    settings = {
+        "model": model, "model_alias": "model", "host": "127.0.0.1", "port": port, "n_ctx": 1024,
+        "n_threads": threads, "n_threads_batch": threads, "interrupt_requests": False,
+        "verbose": False,
+    }  # fmt: skip
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llama_cpp.server", *words],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline_s = time.monotonic() + 60
+        while time.monotonic() < deadline_s and process.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    yield port
+                    return
+            time.sleep(0.1)
+        raise SystemExit("llama-cpp-python's server did not start; it wants its [server] extra")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+async def measure(
+    servers: dict[str, tuple[int, str]], n_tokens: int, n_rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Let the servers take turns with sixteen streams at once; medians of the rounds."""
+    rng = random.Random(1)
+    texts = ["".join(rng.choices("aeiounrstlm ", k=5 * PROMPT_WORDS)) for _ in range(CLIENTS)]
+    bodies = {
+        name: [body_of(model, text, n_tokens) for text in texts]
+        for name, (_, model) in servers.items()
+    }
+    alone = {  # also the warm-up
+        name: [await call(port, body) for body in bodies[name]]
+        for name, (port, _) in servers.items()
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in servers}
+    streams: dict[str, list[Stream]] = {name: [] for name in servers}
+    for _ in range(n_rounds):
+        for name, (port, _) in servers.items():
+            started_s = time.perf_counter()
+            together = await asyncio.gather(*(call(port, body) for body in bodies[name]))
+            n_seen = sum(len(stream.token_s) for stream in together)
+            speeds[name].append(n_seen / (time.perf_counter() - started_s))
+            streams[name] = together
+    figures = {}
+    for name, seen in streams.items():
+        first = sorted(stream.first_ms for stream in seen)
+        between = sorted(ms for stream in seen for ms in stream.between_ms)
+        figures[name] = {
+            "tokens_per_s": round(statistics.median(speeds[name]), 1),
+            "first_ms_p50": round(statistics.median(first), 1),
+            "first_ms_p95": round(first[int(0.95 * len(first))], 1),
+            "between_ms_p50": round(statistics.median(between), 2),
+            "between_ms_p95": round(between[int(0.95 * len(between))], 2),
+            "equal": sum(a.text == b.text for a, b in zip(alone[name], seen, strict=True)),
+        }
+    return figures
+
+
+def body_of(model: str, prompt: str, n_tokens: int) -> bytes:
+    """Return a greedy streaming call."""
+    fields = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0}
+    return json.dumps({**fields, "stream": True}).encode()
+
+
+if __name__ == "__main__":
+    main()
