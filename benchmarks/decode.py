@@ -71,17 +71,19 @@ def weight_bytes(config: ModelConfig) -> int:
     return config.n_layers * (attention + 3 * config.d * config.d_ff) + config.d * config.vocab_size
 
 
-def one_round(engines: dict[str, Engine], prompt: list[int], samples: Samples) -> None:
+def one_round(engines: dict[str, Engine], prompt: list[int], new: int, samples: Samples) -> None:
     """Let each engine read the prompt and write."""
     for name, engine in engines.items():
         engine.clear()
         logits = samples.time(f"{name} prefill", partial(engine.read, prompt))
-        for _ in range(NEW):
+        for _ in range(new):
             token = int(np.argmax(logits))
             logits = samples.time(f"{name} decode", partial(engine.read, [token]))
 
 
-def measure(config: ModelConfig, threads: list[int], rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    config: ModelConfig, threads: list[int], rounds: int, new: int
+) -> dict[str, dict[str, float]]:
     """Return tokens per second by engine and kind, and bytes per second, for each thread count."""
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, PROMPT).tolist()
     words = Arena(weight_bytes(config)).take(weight_bytes(config) // 8 * 8).view(torch.int64)
@@ -94,7 +96,7 @@ def measure(config: ModelConfig, threads: list[int], rounds: int) -> dict[str, d
             for _ in range(rounds):
                 for engine in engines.values():
                     engine.set_threads(n)
-                one_round(engines, prompt, samples)
+                one_round(engines, prompt, new, samples)
                 for _ in range(10):
                     samples.time(BANDWIDTH, lambda: torch.sum(words))
             row = {BANDWIDTH: words.nbytes / samples.median(BANDWIDTH)}
@@ -125,16 +127,18 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="two shapes, two rounds")
+    parser.add_argument("--tokens", type=int, default=NEW, help="made in each round")
+    parser.add_argument("--quick", action="store_true", help="two shapes, two rounds, 16 tokens")
     options = parser.parse_args()
     if options.quick:
-        options.shapes, options.rounds = [0, 1], 2
+        options.shapes, options.rounds, options.tokens = [0, 1], 2, 16
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for index in options.shapes:
         config = config_of(*SHAPES[index])
         print(f"\nd {config.d}  layers {config.n_layers}  vocabulary {config.vocab_size}")
         summary[f"d{config.d}"] = {}
-        for threads, row in measure(config, options.threads, options.rounds).items():
+        results = measure(config, options.threads, options.rounds, options.tokens)
+        for threads, row in results.items():
             print(f"  {threads}: read {row[BANDWIDTH] / 1e9:.1f} GB/s")
             for name in dict.fromkeys(n.rsplit(" ", 1)[0] for n in row if n != BANDWIDTH):
                 decode, prefill = row[f"{name} decode"], row[f"{name} prefill"]
