@@ -14,6 +14,7 @@ QUICK = (
     "adamw8bit",
     "attention",
     "attention_kinds",
+    "decode",
     "interop",
     "memory",
     "onnx_static",

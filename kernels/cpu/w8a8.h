@@ -32,6 +32,14 @@ inline int64_t panel_blocks(int64_t n, int64_t first) {
   return blocks < kBlocksPerPanel ? blocks : kBlocksPerPanel;
 }
 
+// The keys and values that one head of one query sees.
+struct CachedHead {
+  const void *keys, *values;  // fp32 or bf16; the numbers of a position lie together
+  int64_t stride;             // numbers from one position to the next
+  int64_t n_keys;
+  bool is_bf16;
+};
+
 // One instruction set.
 struct Isa {
   // Quantise one row: scale = absmax / 127, q[i] = round_half_even(x[i] * (127 / absmax)), both in
@@ -49,12 +57,14 @@ struct Isa {
   // Float steps of decoding, see lanes.h. y = weight * x / sqrt(mean(x^2) + eps), in place if y is x.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
 
+  // y += x.
+  void (*add)(const float* x, int64_t n, float* y);
+
   // Turns the pairs (x[i], x[half + i]) by the angles with these cosines and sines, in place.
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
 
   // y = softmax(q K^T / sqrt(d_head)) V for one query; `scores` has room for n_keys numbers.
-  void (*attend)(const float* q, const float* k, int64_t k_stride, const float* v, int64_t v_stride,
-                 int64_t n_keys, int64_t d_head, float* scores, float* y);
+  void (*attend)(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y);
 
   // y = gate / (1 + exp(-gate)) * up.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);

@@ -5,9 +5,11 @@ import torch
 from tiny_lm import tiny_model
 
 from tinyllm.inference.cache import KVCache
+from tinyllm.inference.slots import SlotCache
 from tinyllm.ops import cpu
-from tinyllm.quantization.block import NOT_HERE, Int8Block
+from tinyllm.ops.decoder import Decoder
 from tinyllm.quantization.int8 import quantize_model
+from tinyllm.quantization.transformer import NOT_HERE
 
 PROMPT = [5, 17, 33, 90, 2, 41]
 
@@ -26,58 +28,91 @@ def cached_logits(model, ids, batch=1, dtype=torch.float32):
     return torch.cat(rows, dim=1)
 
 
-def prepared(model):
-    return [block._prepared for block in model.layers]
-
-
-def test_decoding_block_by_block_equals_layer_by_layer(model, monkeypatch):
+def test_one_native_call_equals_layer_by_layer(model, monkeypatch):
     if cpu.load()[0] is None:
         pytest.skip("no native kernels here")
     ids = [*PROMPT, *range(40, 70)]
-    fused = cached_logits(model, ids)
-    assert all(type(p).__name__ == "DecodeBlock" for p in prepared(model))
+    native = cached_logits(model, ids)
+    assert isinstance(model._prepared, Decoder)
     plain = copy.deepcopy(model)  # with nothing prepared
     monkeypatch.setenv("TINYLLM_KERNELS", "reference")
     layered = cached_logits(plain, ids)
-    assert prepared(plain) == [NOT_HERE] * 2
+    assert plain._prepared == NOT_HERE
     # The same up to fp32 rounding, but where an activation rounds to the next of 254 steps.
-    assert (fused - layered).norm() / layered.norm() < 5e-3
+    assert (native - layered).norm() / layered.norm() < 5e-3
     with torch.inference_mode():
         full = plain(torch.tensor([ids]))[:, 5:]
-    assert (fused - full).norm() / full.norm() < 5e-3
+    assert (native - full).norm() / full.norm() < 5e-3
 
 
-def test_a_narrow_cache_and_several_rows_work(model):
+def test_slots_and_batches_give_the_same_bits_as_one_sequence(model):
+    if cpu.load()[0] is None:
+        pytest.skip("no native kernels here")
     ids = [*PROMPT, 7, 8, 9]
     one = cached_logits(model, ids)
-    torch.testing.assert_close(cached_logits(model, ids, batch=2)[1:], one, rtol=0.05, atol=0.05)
-    narrow = cached_logits(model, ids, dtype=torch.bfloat16)
-    assert (narrow - one).norm() / one.norm() < 0.05
+    assert torch.equal(cached_logits(model, ids, batch=2)[1:], one)
+    slots = SlotCache(model.config, 3, torch.float32, "cpu")
+    with torch.inference_mode():
+        for slot, n in ((0, 6), (2, 7)):
+            model.hidden(torch.tensor([ids[:n]]), cache=slots.rows(slot, [0]))
+        step = torch.tensor([[ids[6]], [0], [ids[7]]])
+        logits = model.next_logits(step, slots.rows(0, [6, 0, 7]))
+    assert torch.equal(logits[0], one[0, 1])
+    assert torch.equal(logits[2], one[0, 2])
 
 
-def test_only_blocks_that_are_int8_throughout_decode_as_a_whole():
-    whole, part = quantize_model(tiny_model()), quantize_model(tiny_model(), {"q_proj", "up_proj"})
-    assert all(isinstance(block, Int8Block) for block in whole.layers)
-    assert not any(isinstance(block, Int8Block) for block in part.layers)
+def test_narrow_caches_work(model):
+    ids = [*PROMPT, 7, 8, 9]
+    one = cached_logits(model, ids)
+    for dtype in (torch.bfloat16, torch.float16):  # the second one layer by layer
+        narrow = cached_logits(model, ids, dtype=dtype)
+        assert (narrow - one).norm() / one.norm() < 0.05
 
 
-def test_a_moved_loaded_or_copied_block_prepares_anew(model):
+@pytest.mark.parametrize(
+    "model",
+    [
+        quantize_model(tiny_model(), {"q_proj", "up_proj"}),
+        quantize_model(tiny_model(norm="layernorm")),
+        quantize_model(tiny_model(ffn="gelu")),
+        quantize_model(tiny_model(positions="learned")),
+    ],
+    ids=["in part", "layernorm", "gelu", "learned positions"],
+)
+def test_other_models_go_layer_by_layer(model):
+    logits = cached_logits(model, [*PROMPT, 3])
+    assert model._prepared == NOT_HERE
+    assert logits.isfinite().all()
+
+
+def test_a_window_narrower_than_the_text_is_kept(monkeypatch):
+    if cpu.load()[0] is None:
+        pytest.skip("no native kernels here")
+    model = quantize_model(tiny_model(window=4, window_layers=(0,)))
+    ids = [*PROMPT, *range(40, 60)]
+    native = cached_logits(model, ids)
+    assert isinstance(model._prepared, Decoder)
+    monkeypatch.setenv("TINYLLM_KERNELS", "reference")
+    layered = cached_logits(copy.deepcopy(model), ids)
+    assert (native - layered).norm() / layered.norm() < 5e-3
+
+
+def test_a_moved_loaded_or_copied_model_prepares_anew(model):
     if cpu.load()[0] is None:
         pytest.skip("no native kernels here")
     ids = [*PROMPT, 1]
     expected = cached_logits(model, ids)
     clone = copy.deepcopy(model)
-    assert prepared(clone) == [None, None]
+    assert clone._prepared is None
     assert torch.equal(cached_logits(clone, ids), expected)
-    other = quantize_model(tiny_model(seed=5, qk_norm=clone.layers[0].self_attn.q_norm is not None))
-    if set(other.state_dict()) == set(clone.state_dict()):
-        clone.load_state_dict(other.state_dict())
-        assert torch.equal(cached_logits(clone, ids), cached_logits(other, ids))
+    other = quantize_model(tiny_model(seed=5, qk_norm=model.config.qk_norm))
+    clone.load_state_dict(other.state_dict())
+    assert torch.equal(cached_logits(clone, ids), cached_logits(other, ids))
     assert torch.equal(cached_logits(model.to("cpu"), ids), expected)
 
 
 def test_autocast_goes_layer_by_layer(model):
     with torch.autocast("cpu", torch.bfloat16):
         logits = cached_logits(model, [*PROMPT, 3])
-    assert prepared(model) == [None, None]
+    assert model._prepared is None
     assert logits.isfinite().all()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.inference.cache import KVCache
-from tinyllm.inference.generate import compute_dtype
+from tinyllm.inference.generate import cache_dtype
 from tinyllm.model.transformer import Transformer
 from tinyllm.quantization.load import load_any_model
 
@@ -82,11 +82,11 @@ class TorchRunner:
 
     def _next(self, ids: Sequence[int], cache: KVCache | None) -> int:
         """Return the likeliest token; reading it waits for the device."""
-        hidden = self._model.hidden(torch.tensor([ids], device=self.rope_cos.device), cache=cache)
-        return int(self._model.head(hidden[:, -1]).argmax())
+        ids_1T = torch.tensor([ids], device=self.rope_cos.device)
+        return int(self._model.next_logits(ids_1T, cache).argmax())
 
     def _new_cache(self) -> KVCache:
         """Return an empty cache as long as the model's context."""
         config = self._model.config
-        dtype = compute_dtype(self._model)
+        dtype = cache_dtype(self._model)
         return KVCache(config, 1, config.max_seq_len, dtype, self.rope_cos.device)

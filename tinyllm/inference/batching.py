@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tinyllm.inference.generate import StopReason, check_prompt, compute_dtype
+from tinyllm.inference.generate import StopReason, cache_dtype, check_prompt
 from tinyllm.inference.guide import Guide
 from tinyllm.inference.prefix import Prefix
 from tinyllm.inference.sampling import (
@@ -82,7 +82,7 @@ class Engine:
             n_slots, chunk_tokens, max_waiting, [prefix.ids for prefix in prefixes]
         )
         self._cache = SlotCache(
-            model.config, n_slots + len(prefixes), compute_dtype(model), self._device
+            model.config, n_slots + len(prefixes), cache_dtype(model), self._device
         )
         for i, prefix in enumerate(prefixes):
             self._cache.store(n_slots + i, prefix.keys, prefix.values)
@@ -143,9 +143,11 @@ class Engine:
         assert request.slot is not None
         cache = self._cache.rows(request.slot, [start])
         ids = torch.tensor([request.ids[start:end]], device=self._device)
-        hidden = self._model.hidden(ids, cache=cache)
         self.scheduler.read(request, end)
-        return self._model.head(hidden[:, -1]) if end == len(request.ids) else None
+        if end == len(request.ids):
+            return self._model.next_logits(ids, cache)
+        self._model.hidden(ids, cache=cache)
+        return None
 
     def _decode(self, requests: Sequence[Request]) -> Tensor:
         """Read everyone's last token in one pass; return the logits, (requests, V).
@@ -159,13 +161,13 @@ class Engine:
             ids[slot - first] = request.ids[-1]
         starts = [self.scheduler.stored(slot) for slot in range(first, slots[-1] + 1)]
         cache = self._cache.rows(first, starts)
-        hidden = self._model.hidden(torch.tensor(ids, device=self._device)[:, None], cache=cache)
+        ids_B1 = torch.tensor(ids, device=self._device)[:, None]
+        logits_BV = self._model.next_logits(ids_B1, cache)
         for request in requests:
             self.scheduler.read(request, len(request.ids))
-        last_BD = hidden[:, -1]
         if len(slots) < len(ids):
-            last_BD = last_BD[torch.tensor(slots, device=self._device) - first]
-        return self._model.head(last_BD)
+            return logits_BV[torch.tensor(slots, device=self._device) - first]
+        return logits_BV
 
     def _take(self, requests: Sequence[Request], logits_BV: Tensor) -> list[Made]:
         """Choose everyone's next token and end those who are done."""

@@ -11,23 +11,15 @@ from torch import Tensor
 
 from tinyllm.errors import DataError
 from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops.decoder import Room
 
 
 class LayerKV:
     """The keys and values of one layer."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        n_heads, d_k, d_v = config.cached
-        shape = batch_size, n_heads, max_len
-        self._k = torch.zeros(*shape, d_k, dtype=dtype, device=device)
-        self._v = torch.zeros(*shape, d_v, dtype=dtype, device=device)
+    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor) -> None:
+        """Take the memory."""
+        self._k, self._v = k_BGSK, v_BGSK
         self.length = 0
 
     @property
@@ -72,12 +64,13 @@ class KVCache:
                 f"context: a cache of {max_len} tokens is longer than the model's max_seq_len"
                 f" {config.max_seq_len}; use a shorter one or train with a larger model.max_seq_len"
             )
-        self.max_len = max_len
+        self.max_len, self.dtype = max_len, dtype
         self._device = torch.device(device)
-        self.layers = [
-            LayerKV(config, batch_size, max_len, dtype, self._device)
-            for _ in range(config.n_layers)
-        ]
+        n_heads, d_k, d_v = config.cached
+        shape = config.n_layers, batch_size, n_heads, max_len
+        self._k = torch.zeros(*shape, d_k, dtype=dtype, device=self._device)
+        self._v = torch.zeros(*shape, d_v, dtype=dtype, device=self._device)
+        self.layers = [LayerKV(k, v) for k, v in zip(self._k, self._v, strict=True)]
 
     @property
     def length(self) -> int:
@@ -93,16 +86,32 @@ class KVCache:
         Raises:
             DataError: the tokens do not fit into the cache any more.
         """
-        start, end = self.length, self.length + n_tokens
+        start, end = self.length, self._end(n_tokens)
+        positions = torch.arange(start, end, device=self._device)
+        if start == 0 or n_tokens == 1:
+            return positions, None
+        return positions, torch.arange(end, device=self._device) <= positions[:, None]
+
+    def make_room(self, n_tokens: int) -> Room:
+        """Return the memory for a pass that stores the next tokens of all layers itself.
+
+        Raises:
+            DataError: as `plan`.
+        """
+        start, end = self.length, self._end(n_tokens)
+        for layer in self.layers:
+            layer.length = end
+        return Room(keys=self._k, values=self._v, starts=[start] * self._k.shape[1])
+
+    def _end(self, n_tokens: int) -> int:
+        """Return the length with the next tokens, which have to fit."""
+        end = self.length + n_tokens
         if end > self.max_len:
             raise DataError(
                 f"context: {end} tokens do not fit into a cache of {self.max_len};"
                 " shorten the prompt or ask for fewer tokens"
             )
-        positions = torch.arange(start, end, device=self._device)
-        if start == 0 or n_tokens == 1:
-            return positions, None
-        return positions, torch.arange(end, device=self._device) <= positions[:, None]
+        return end
 
     def memory(self) -> list[tuple[Tensor, Tensor]]:
         """Return each layer's keys and values with all positions that there is room for."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyllm.errors import DataError
 from tinyllm.inference.cache import KVCache
-from tinyllm.inference.generate import compute_dtype
+from tinyllm.inference.generate import cache_dtype
 from tinyllm.inference.sampling import SamplingParams, token_odds
 from tinyllm.inference.scheduler import shared_start
 from tinyllm.model.transformer import Transformer
@@ -68,7 +68,7 @@ class ModelDraft:
         self._device = model.rope_cos.device
         self._generator = torch.Generator(self._device).manual_seed(sampling.seed + 1)
         longest = model.config.max_seq_len
-        self._cache = KVCache(model.config, 1, longest, compute_dtype(model), self._device)
+        self._cache = KVCache(model.config, 1, longest, cache_dtype(model), self._device)
         self._cached: list[int] = []
 
     def propose(self, ids: Sequence[int], n: int) -> tuple[list[int], Tensor | None]:

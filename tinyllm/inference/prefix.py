@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyllm.artifact import build_artifact, digest_json, load_manifest, verify_files
 from tinyllm.errors import ArtifactError, DataError
-from tinyllm.inference.generate import compute_dtype
+from tinyllm.inference.generate import cache_dtype
 from tinyllm.inference.scheduler import shared_start
 from tinyllm.inference.slots import SlotCache
 from tinyllm.model.directory import TOKENIZER
@@ -48,7 +48,7 @@ def system_prefix(system: str, template: ChatTemplate, tokenizer: Tokenizer) -> 
 def compute_prefix(model: Transformer, ids: Sequence[int]) -> Prefix:
     """Return the tokens with their keys and values, from one pass over them."""
     device = model.rope_cos.device
-    cache = SlotCache(model.config, 1, compute_dtype(model), device)
+    cache = SlotCache(model.config, 1, cache_dtype(model), device)
     model.hidden(torch.tensor([list(ids)], device=device), cache=cache.rows(0, [0]))
     keys_LGSK, values_LGSK = cache.fetch(0, len(ids))
     return Prefix(ids=tuple(ids), keys=keys_LGSK, values=values_LGSK)
@@ -76,7 +76,7 @@ def open_prefix(
             f"system message: takes {len(ids)} of {model.config.max_seq_len} tokens, so that no"
             " question fits behind it; shorten it"
         )
-    key = prefix_key(model_dir, ids, compute_dtype(model))
+    key = prefix_key(model_dir, ids, cache_dtype(model))
     directory = root / key[:24]
     try:
         return load_prefix(directory, key), "loaded"

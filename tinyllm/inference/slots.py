@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops.decoder import Room
 
 
 class SlotCache:
@@ -22,11 +23,8 @@ class SlotCache:
     ) -> None:
         """Set the memory aside: each slot takes a sequence as long as the model's context."""
         n_heads, d_k, d_v = config.cached
-        shape = n_slots, n_heads, config.max_seq_len
-        self._k, self._v = (
-            [torch.zeros(*shape, d, dtype=dtype, device=device) for _ in range(config.n_layers)]
-            for d in (d_k, d_v)
-        )
+        shape = config.n_layers, n_slots, n_heads, config.max_seq_len
+        self._k, self._v = (torch.zeros(*shape, d, dtype=dtype, device=device) for d in (d_k, d_v))
 
     def rows(self, first: int, starts: Sequence[int]) -> "SlotRows":
         """Return neighbouring slots as the cache of one pass.
@@ -36,43 +34,42 @@ class SlotCache:
             starts: where the new positions begin, for this slot and those after it.
         """
         rows = slice(first, first + len(starts))
-        return SlotRows([k[rows] for k in self._k], [v[rows] for v in self._v], starts)
+        return SlotRows(self._k[:, rows], self._v[:, rows], starts)
 
     def copy(self, source: int, target: int, n: int) -> None:
         """Copy the first n positions of a slot to another one."""
-        for tensor in (*self._k, *self._v):
-            tensor[target, :, :n] = tensor[source, :, :n]
+        for tensor in (self._k, self._v):
+            tensor[:, target, :, :n] = tensor[:, source, :, :n]
 
     def store(self, slot: int, keys_LGSK: Tensor, values_LGSK: Tensor) -> None:
         """Fill the start of a slot with keys and values of all layers."""
         n = keys_LGSK.shape[2]
-        for layer in range(len(self._k)):
-            self._k[layer][slot, :, :n] = keys_LGSK[layer]
-            self._v[layer][slot, :, :n] = values_LGSK[layer]
+        self._k[:, slot, :, :n] = keys_LGSK
+        self._v[:, slot, :, :n] = values_LGSK
 
     def fetch(self, slot: int, n: int) -> tuple[Tensor, Tensor]:
         """Return copies of the first n positions' keys and values, both (layers, G, n, K)."""
-        keys, values = ([x[slot, :, :n] for x in kind] for kind in (self._k, self._v))
-        return torch.stack(keys), torch.stack(values)
+        return self._k[:, slot, :, :n].clone(), self._v[:, slot, :, :n].clone()
 
 
 class SlotRows:
     """A `model.transformer.Cache` for one pass."""
 
-    def __init__(self, k: list[Tensor], v: list[Tensor], starts: Sequence[int]) -> None:
+    def __init__(self, k_LBGSK: Tensor, v_LBGSK: Tensor, starts: Sequence[int]) -> None:
         self._starts = list(starts)
-        device = k[0].device
-        self._starts_B = torch.tensor(self._starts, device=device)
-        self._rows_B = torch.arange(len(self._starts), device=device)
-        self._k, self._v = k, v
+        self._k, self._v, self.dtype = k_LBGSK, v_LBGSK, k_LBGSK.dtype
         self.layers: list[SlotLayer | SlotsLayer] = []
         """One per block, once the pass is planned."""
 
+    def make_room(self, n_tokens: int) -> Room:
+        """Return the memory for a pass that stores the new positions itself."""
+        return Room(keys=self._k, values=self._v, starts=self._starts)
+
     def plan(self, n_tokens: int) -> tuple[Tensor, Tensor | None]:
         """Return positions, (T,) or (B, 1), and mask, None or (T, S) or (B, 1, 1, S)."""
-        pairs = zip(self._k, self._v, strict=True)
+        pairs, device = zip(self._k, self._v, strict=True), self._k.device
         end = max(self._starts) + n_tokens
-        seen_S = torch.arange(end, device=self._starts_B.device)
+        seen_S = torch.arange(end, device=device)
         if len(self._starts) == 1:
             start = self._starts[0]
             self.layers = [SlotLayer(k, v, start, end) for k, v in pairs]
@@ -80,8 +77,10 @@ class SlotRows:
             return seen_S[start:], None if plain else seen_S <= seen_S[start:, None]
         if n_tokens != 1:
             raise ValueError(f"{len(self._starts)} slots take one position each, not {n_tokens}")
-        self.layers = [SlotsLayer(k, v, self._rows_B, self._starts_B, end) for k, v in pairs]
-        return self._starts_B[:, None], seen_S <= self._starts_B[:, None, None, None]
+        rows_B = torch.arange(len(self._starts), device=device)
+        starts_B = torch.tensor(self._starts, device=device)
+        self.layers = [SlotsLayer(k, v, rows_B, starts_B, end) for k, v in pairs]
+        return starts_B[:, None], seen_S <= starts_B[:, None, None, None]
 
 
 class SlotLayer:

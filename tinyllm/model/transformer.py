@@ -138,6 +138,10 @@ class Transformer(nn.Module):
         normed: Tensor = self.norm(x)
         return normed
 
+    def next_logits(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the logits after each row's last token, (B, V); the other rows skip the head."""
+        return self.head(self.hidden(ids_BT, cache=cache)[:, -1])
+
     def _masks(self, mask: Tensor | None, n_tokens: int, *, learns: bool) -> list[Tensor | None]:
         """Return each block's mask: narrower for a block with a window.
 

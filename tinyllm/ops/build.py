@@ -30,7 +30,8 @@ AVX512 = (
 FMA = ("-mfma", "-ffp-contract=fast")  # compared within a tolerance, not bit by bit
 UNITS: dict[str, tuple[str, ...]] = {
     "w8a8.cpp": (),
-    "decode.cpp": (),
+    "pool.cpp": ("-std=c++20", "-pthread"),
+    "decoder.cpp": (),
     "w8a8_scalar.cpp": (),
     "w8a8_avx2.cpp": ("-mavx2",),
     "w8a8_avx512vnni.cpp": (*AVX512, "-mavx512vnni"),
@@ -144,7 +145,7 @@ def _compile(target: Path) -> None:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(run_command, commands))
         linked = temporary / target.name
-        run_command([cxx, "-shared", "-fopenmp", *objects, "-o", str(linked)])
+        run_command([cxx, "-shared", "-fopenmp", "-pthread", *objects, "-o", str(linked)])
         linked.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -21,6 +21,7 @@ from tinyllm.ops import build
 ISAS = ("scalar", "avx2", "avx512vnni", "avx512bf16")
 """Instruction sets, slowest first; the position is the number that the library knows."""
 ALIGNMENT = 64
+LARGE_PAGE = 1 << 21
 LANES, GROUP = 16, 4
 """A packed block has 16 outputs side by side, each with 4 inputs together; kernels/LAYOUT.md."""
 
@@ -59,13 +60,9 @@ def load() -> tuple[Any, str]:
         *(integer, integer),
     )
     library.tinyllm_linear_w8a8.argtypes = (pointer, pointer, integer, pointer, integer)
-    library.tinyllm_decode_project.argtypes = (*([pointer] * 5), integer)
-    library.tinyllm_decode_finish.argtypes = (
-        *([pointer] * 3),
-        *(pointer, integer, integer),
-        *(pointer, integer, integer),
-        *(integer, pointer, integer),
-    )
+    library.tinyllm_decode.argtypes = (pointer, pointer, integer)
+    library.tinyllm_large_pages.argtypes = (pointer, integer)
+    library.tinyllm_large_pages.restype = None
     library.tinyllm_adamw8bit.argtypes = (pointer, integer, integer)
     library.tinyllm_cross_entropy.argtypes = (pointer, integer)
     library.tinyllm_flash_forward.argtypes = (pointer, integer)
@@ -97,12 +94,17 @@ def refuses(device: torch.device) -> str | None:
     return None if library is not None else reason
 
 
-def n_threads() -> int:
-    """Return how many threads a call may use: `TINYLLM_THREADS`, else torch's."""
+def given_threads() -> int | None:
+    """Return how many threads `TINYLLM_THREADS` allows, None where it says nothing."""
     given = os.environ.get("TINYLLM_THREADS", "")
     if given and not (given.isdecimal() and int(given) > 0):
         raise TinyllmError(f"TINYLLM_THREADS: {given!r} is not a number of threads")
-    return int(given) if given else torch.get_num_threads()
+    return int(given) if given else None
+
+
+def n_threads() -> int:
+    """Return how many threads a call may use: `TINYLLM_THREADS`, else torch's."""
+    return given_threads() or torch.get_num_threads()
 
 
 def quantize_per_row(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,10 +131,13 @@ class PackedLinear:
     address: int
     """Of the `tinyllm::Weight`, for native code that calls the layer itself."""
 
-    def __init__(self, weight_q: Tensor, weight_scale: Tensor) -> None:
+    def __init__(
+        self, weight_q: Tensor, weight_scale: Tensor, arena: "Arena | None" = None
+    ) -> None:
+        """Pack a weight, into a model's arena if it has one."""
         n, k = weight_q.shape
-        padded_n, padded_k = -(-n // LANES) * LANES, -(-k // GROUP) * GROUP
-        packed = aligned_empty(padded_n * padded_k)
+        padded_n, n_bytes = -(-n // LANES) * LANES, packed_bytes(n, k)
+        packed = aligned_empty(n_bytes) if arena is None else arena.take(n_bytes)
         offset = torch.empty(padded_n, dtype=torch.int32)
         scale = torch.zeros(padded_n)
         scale[:n] = weight_scale
@@ -158,6 +163,29 @@ class PackedLinear:
         rows = x.numel() // self._k
         check(self._run(self.address, x.data_ptr(), rows, y.data_ptr(), self._threads))
         return y
+
+
+def packed_bytes(n: int, k: int) -> int:
+    """Return what N x K weights take when they are packed: a multiple of 64."""
+    return -(-n // LANES) * LANES * (-(-k // GROUP) * GROUP)
+
+
+class Arena:
+    """Memory for all weights of a model, one behind the other, in large pages where they exist.
+
+    A page of 4 KB holds 64 lines: with small ones the processor looks up an address every 0.1 us.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        memory = torch.empty(n_bytes + LARGE_PAGE, dtype=torch.int8)
+        start = -memory.data_ptr() % LARGE_PAGE
+        self._rest = memory[start : start + n_bytes]
+        load()[0].tinyllm_large_pages(self._rest.data_ptr(), n_bytes)
+
+    def take(self, n_bytes: int) -> Tensor:
+        """Return the next piece."""
+        piece, self._rest = self._rest[:n_bytes], self._rest[n_bytes:]
+        return piece
 
 
 def aligned_empty(n_bytes: int) -> Tensor:

@@ -24,7 +24,7 @@ from tinyllm.ops import (
     cuda_build,
     cuda_driver,
     cuda_norm_op,
-    decode,
+    decoder,
     flash,
     library,
     reference,
@@ -90,9 +90,9 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
             backend="reference", function=reference.bind_linear_w8a8, refuses=_takes_all
         ),
     ),
-    "decode_block": (
-        Implementation(backend="cpu", function=decode.DecodeBlock, refuses=_cpu_refuses),
-        Implementation(backend="reference", function=decode.no_decode_block, refuses=_takes_all),
+    "decoder": (
+        Implementation(backend="cpu", function=decoder.Decoder, refuses=_cpu_refuses),
+        Implementation(backend="reference", function=decoder.no_decoder, refuses=_takes_all),
     ),
     "adamw8bit": (
         Implementation(

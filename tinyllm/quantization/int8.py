@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm.errors import DataError
-from tinyllm.model.transformer import Block, Transformer
+from tinyllm.model.transformer import Transformer
 from tinyllm.ops.linear import quantize_per_row
-from tinyllm.quantization.block import Int8Block, is_standard
 from tinyllm.quantization.layers import Int8Embedding, Int8Linear
+from tinyllm.quantization.transformer import Int8Transformer
 
 KINDS = (
     *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"),
@@ -46,7 +46,7 @@ def quantize_model(model: Transformer, kinds: Collection[str] = KINDS) -> Transf
             if shared not in done:
                 done[shared] = quantize_per_row(layer.weight.detach())
             _replace(parent, name, layer, *done[shared])
-    return _with_int8_blocks(quantized)
+    return Int8Transformer(quantized)
 
 
 def kinds_of(model: nn.Module) -> list[str]:
@@ -66,17 +66,7 @@ def empty_int8_model(model: Transformer) -> Transformer:
         n, k = layer.weight.shape
         fresh = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
         _replace(parent, name, layer, *done.setdefault(layer.weight.data_ptr(), fresh))
-    return _with_int8_blocks(model.requires_grad_(False))
-
-
-def _with_int8_blocks(model: Transformer) -> Transformer:
-    """Let blocks whose matrices are all INT8 decode as a whole."""
-    for i, block in enumerate(model.layers):
-        layers = [layer for _, _, layer in _layers(block)]
-        whole = all(isinstance(layer, Int8Linear) for layer in layers)
-        if isinstance(block, Block) and whole and is_standard(block):
-            model.layers[i] = Int8Block(block)
-    return model
+    return Int8Transformer(model.requires_grad_(False))
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:

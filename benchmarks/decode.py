@@ -1,0 +1,151 @@
+"""Decoding and prefill at batch 1: our INT8 beside other engines with the same weights.
+
+    python benchmarks/decode.py [--shapes 0 1 2] [--threads 1 2] [--rounds 5]
+
+Random weights of three Llama shapes. Engines take turns: each reads a prompt of 128 tokens, then
+makes 64 tokens greedily, timed one by one; samples in which the process lost its core are dropped,
+medians of the rest count. "bandwidth" reads as many bytes as the INT8 weights have, by torch, in
+turns with the rest; `read_share` is the bytes that our token has to read, weights and cache, per
+second over that. The last line is one JSON object. `--quick` ends within 50 s.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a spinning thread stalls a busy machine
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engines import Engine, build_engines, config_of
+
+from tinyllm.inference.cache import KVCache
+from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops.cpu import Arena
+
+SHAPES = (  # d, layers, heads, vocabulary, feed-forward
+    (256, 6, 8, 8192, 704),
+    (768, 12, 12, 16384, 2048),
+    (1024, 24, 16, 32768, 2752),
+)
+PROMPT, NEW = 128, 64
+OURS, PEER, BANDWIDTH = "ours INT8", "llama.cpp Q8_0", "bandwidth"
+
+
+class Samples:
+    """Seconds by what was measured; a disturbed sample counts only where there is no other."""
+
+    def __init__(self) -> None:
+        self._clean: dict[str, list[float]] = defaultdict(list)
+        self._all: dict[str, list[float]] = defaultdict(list)
+
+    def time(self, name: str, run: Callable[[], Any]) -> Any:
+        """Run once; return what it returns."""
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        started_s = time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - started_s
+        self._all[name].append(seconds)
+        if resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == switches:
+            self._clean[name].append(seconds)
+        return result
+
+    def median(self, name: str) -> float:
+        """Return the median of the clean samples, in seconds."""
+        return statistics.median(self._clean[name] or self._all[name])
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Return the bytes of INT8 weights that a token reads."""
+    attention = 2 * config.d_head * (config.n_heads + config.n_kv_heads) * config.d
+    return config.n_layers * (attention + 3 * config.d * config.d_ff) + config.d * config.vocab_size
+
+
+def one_round(engines: dict[str, Engine], prompt: list[int], new: int, samples: Samples) -> None:
+    """Let each engine read the prompt and write."""
+    for name, engine in engines.items():
+        engine.clear()
+        logits = samples.time(f"{name} prefill", partial(engine.read, prompt))
+        for _ in range(new):
+            token = int(np.argmax(logits))
+            logits = samples.time(f"{name} decode", partial(engine.read, [token]))
+
+
+def measure(
+    config: ModelConfig, threads: list[int], rounds: int, new: int
+) -> dict[str, dict[str, float]]:
+    """Return tokens per second by engine and kind, and bytes per second, for each thread count."""
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, PROMPT).tolist()
+    words = Arena(weight_bytes(config)).take(weight_bytes(config) // 8 * 8).view(torch.int64)
+    words.fill_(1)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {n: e for n, e in build_engines(config, Path(folder)).items() if e is not None}
+        for n in threads:
+            samples = Samples()
+            for _ in range(rounds):
+                for engine in engines.values():
+                    engine.set_threads(n)
+                one_round(engines, prompt, new, samples)
+                for _ in range(10):
+                    samples.time(BANDWIDTH, lambda: torch.sum(words))
+            row = {BANDWIDTH: words.nbytes / samples.median(BANDWIDTH)}
+            for name in engines:
+                row[f"{name} decode"] = 1 / samples.median(f"{name} decode")
+                row[f"{name} prefill"] = PROMPT / samples.median(f"{name} prefill")
+            results[f"threads_{n}"] = row
+    return results
+
+
+def ratios(config: ModelConfig, row: dict[str, float]) -> dict[str, float]:
+    """Return ours over each peer, and the share of the bandwidth."""
+    found = {}
+    for kind in ("decode", "prefill"):
+        for name, speed in row.items():
+            engine = name.removesuffix(f" {kind}")
+            if name.endswith(kind) and engine != OURS:
+                found[f"{kind} / {engine}"] = row[f"{OURS} {kind}"] / speed
+    cached = KVCache.n_bytes(config, 1, PROMPT + NEW // 2, torch.bfloat16)
+    read = weight_bytes(config) + cached
+    found["read_share"] = row[f"{OURS} decode"] * read / row[BANDWIDTH]
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=NEW, help="made in each round")
+    parser.add_argument("--quick", action="store_true", help="two shapes, two rounds, 16 tokens")
+    options = parser.parse_args()
+    if options.quick:
+        options.shapes, options.rounds, options.tokens = [0, 1], 2, 16
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for index in options.shapes:
+        config = config_of(*SHAPES[index])
+        print(f"\nd {config.d}  layers {config.n_layers}  vocabulary {config.vocab_size}")
+        summary[f"d{config.d}"] = {}
+        results = measure(config, options.threads, options.rounds, options.tokens)
+        for threads, row in results.items():
+            print(f"  {threads}: read {row[BANDWIDTH] / 1e9:.1f} GB/s")
+            for name in dict.fromkeys(n.rsplit(" ", 1)[0] for n in row if n != BANDWIDTH):
+                decode, prefill = row[f"{name} decode"], row[f"{name} prefill"]
+                print(f"    {name:20}decode {decode:9.0f} tok/s    prefill {prefill:9.0f} tok/s")
+            summary[f"d{config.d}"][threads] = ratios(config, row)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

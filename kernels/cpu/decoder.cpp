@@ -1,0 +1,322 @@
+// The pass of decoder.h: phases that all threads go through together, each with its share of the
+// outputs. The arithmetic is that of the chosen instruction set.
+#include "decoder.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "pool.h"
+#include "scratch.h"
+
+namespace tinyllm {
+namespace {
+
+constexpr int64_t kRows = 128;         // rows that go through the layers together
+constexpr int64_t kRowsPerTile = 48;   // their outputs of one panel, 12 KB, stay in the first cache
+constexpr int64_t kWorkPerThread = 1 << 15;  // multiplications per layer; meeting costs 0.2 us each time
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // halves to even
+}
+
+// Hands out parts of one piece of memory; with a null base it only counts.
+struct Carver {
+  char* base;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t n) {
+    auto* part = reinterpret_cast<T*>(base + used);
+    used += static_cast<size_t>(round_up(n * static_cast<int64_t>(sizeof(T)), 64));
+    return part;
+  }
+};
+
+// Rows of INT8 inputs and their scales.
+struct Inputs {
+  int8_t* q;
+  float* scale;
+  int64_t stride;
+};
+
+// What a thread has for itself.
+struct Own {
+  float *tile, *normed, *scores, *scale;
+  int8_t* q;
+  size_t bytes;
+
+  Own(Carver carve, int64_t widest, int64_t longest)
+      : tile(carve.take<float>(kRowsPerTile * kPanel)),
+        normed(carve.take<float>(widest)),
+        scores(carve.take<float>(longest)),
+        scale(carve.take<float>(1)),
+        q(carve.take<int8_t>(widest)),
+        bytes(carve.used) {}
+};
+
+// Where a row belongs.
+struct Place {
+  int64_t sequence, position;
+  bool is_last;  // of the new tokens of its sequence
+};
+
+// What all threads share: the rows [first, first + n) of a pass and their numbers on the way.
+struct Rows {
+  const Decoder& model;
+  const Tokens& tokens;
+  const Isa& isa;
+  int64_t first, n, n_qkv, padded_ff, widest;
+  float *x, *qkv, *attended, *hidden;
+  Place* places;
+  Inputs inputs;
+  char* own;          // each thread's own memory, one piece after the other
+  size_t own_bytes, bytes;
+
+  Rows(const Decoder& m, const Tokens& t, int64_t most, int64_t threads, char* base)
+      : model(m),
+        tokens(t),
+        isa(isa_of(m.head->isa)),
+        first(0),
+        n(most),
+        n_qkv((m.n_heads + 2 * m.n_kv_heads) * m.d_head),
+        padded_ff(round_up(m.d_ff, 32)),
+        widest(round_up(std::max({m.d, padded_ff, m.n_heads * m.d_head}), 64)) {
+    Carver carve{base};
+    places = carve.take<Place>(most);
+    x = carve.take<float>(most * m.d);
+    qkv = carve.take<float>(most * n_qkv);
+    attended = carve.take<float>(most * m.n_heads * m.d_head);
+    hidden = carve.take<float>(most * padded_ff);
+    inputs = {carve.take<int8_t>(most * widest), carve.take<float>(most), widest};
+    own_bytes = Own(Carver{nullptr}, widest, longest()).bytes;
+    own = carve.take<char>(threads * static_cast<int64_t>(own_bytes));
+    bytes = carve.used;
+  }
+
+  // Go on with the rows from `at`.
+  void begin(int64_t at, int64_t n_rows) {
+    first = at;
+    n = n_rows;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t sequence = (at + i) / tokens.n_tokens, token = (at + i) % tokens.n_tokens;
+      places[i] = {sequence, tokens.starts[sequence] + token, token == tokens.n_tokens - 1};
+    }
+  }
+  int64_t longest() const {
+    return *std::max_element(tokens.starts, tokens.starts + tokens.n_sequences) + tokens.n_tokens;
+  }
+};
+
+// One thread's way through the phases.
+class Pass {
+ public:
+  Pass(const Rows& rows, const Team& team)
+      : r_(rows),
+        m_(rows.model),
+        t_(rows.tokens),
+        isa_(rows.isa),
+        team_(team),
+        own_(Carver{rows.own + rows.own_bytes * static_cast<size_t>(team.thread)}, rows.widest, rows.longest()) {}
+
+  void run() {
+    for (int64_t i = team_.begin(r_.n); i < team_.end(r_.n); ++i) embed(i);
+    team_.meet();
+    for (int64_t l = 0; l < m_.n_layers; ++l) {
+      const Layer& layer = m_.layers[l];
+      multiply(*layer.qkv, quantize(r_.x, m_.d, m_.d, layer.norm_attention), r_.qkv, r_.n_qkv);
+      team_.meet();
+      turn_and_store(layer, l);
+      team_.meet();
+      attend(layer, l);
+      team_.meet();
+      const int64_t d_attended = m_.n_heads * m_.d_head;
+      add_product(*layer.o, quantize(r_.attended, d_attended, d_attended, nullptr));
+      team_.meet();
+      gate(*layer.gate_up, quantize(r_.x, m_.d, m_.d, layer.norm_mlp));
+      team_.meet();
+      add_product(*layer.down, quantize(r_.hidden, r_.padded_ff, m_.d_ff, nullptr));
+      team_.meet();
+    }
+    finish();
+  }
+
+ private:
+  const Rows& r_;
+  const Decoder& m_;
+  const Tokens& t_;
+  const Isa& isa_;
+  const Team& team_;
+  Own own_;
+
+  void embed(int64_t row) {
+    const int64_t id = t_.ids[r_.first + row];
+    const int8_t* from = m_.embedding + id * m_.d;
+    float* to = r_.x + row * m_.d;
+    const float scale = m_.embedding_scale[id];
+    for (int64_t i = 0; i < m_.d; ++i) to[i] = static_cast<float>(from[i]) * scale;
+  }
+
+  void quantize_row(const float* x, int64_t k, const float* norm, int8_t* q, float* scale) {
+    if (norm != nullptr) {
+      isa_.rms_norm(x, norm, k, m_.eps, own_.normed);
+      x = own_.normed;
+    }
+    for (int64_t i = k; i < round_up(k, kGroup); ++i) q[i] = 0;  // meets padded, zero weights
+    *scale = isa_.quantize(x, k, q, isa_.flip);
+  }
+
+  // The INT8 inputs of a layer. A single row every thread makes for itself: cheaper than meeting.
+  Inputs quantize(const float* x, int64_t stride, int64_t k, const float* norm) {
+    if (r_.n == 1) {
+      quantize_row(x, k, norm, own_.q, own_.scale);
+      return {own_.q, own_.scale, r_.widest};
+    }
+    for (int64_t i = team_.begin(r_.n); i < team_.end(r_.n); ++i)
+      quantize_row(x + i * stride, k, norm, r_.inputs.q + i * r_.widest, r_.inputs.scale + i);
+    team_.meet();
+    return r_.inputs;
+  }
+
+  // y = inputs W^T, this thread's outputs.
+  void multiply(const Weight& w, const Inputs& in, float* y, int64_t y_stride) {
+    const int64_t panels = round_up(w.n, kPanel) / kPanel;
+    for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
+      isa_.tile(in.q, in.stride, in.scale, r_.n, w, p * kPanel, y + p * kPanel, y_stride);
+  }
+
+  // The same in tiles: finish(row, output, tile row) for each row of each panel.
+  template <class Finish>
+  void multiply_tiles(const Weight& w, const Inputs& in, Finish finish) {
+    const int64_t panels = round_up(w.n, kPanel) / kPanel;
+    for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
+      for (int64_t i = 0; i < r_.n; i += kRowsPerTile) {
+        const int64_t rows = std::min(kRowsPerTile, r_.n - i), first = p * kPanel;
+        isa_.tile(in.q + i * in.stride, in.stride, in.scale + i, rows, w, first, own_.tile, kPanel);
+        for (int64_t j = 0; j < rows; ++j) finish(i + j, first, own_.tile + j * kPanel);
+      }
+  }
+
+  void add_product(const Weight& w, const Inputs& in) {
+    multiply_tiles(w, in, [&](int64_t row, int64_t first, const float* tile) {
+      isa_.add(tile, std::min(kPanel, m_.d - first), r_.x + row * m_.d + first);
+    });
+  }
+
+  void gate(const Weight& w, const Inputs& in) {
+    multiply_tiles(w, in, [&](int64_t row, int64_t first, const float* tile) {
+      isa_.swiglu(tile, tile + 32, 32, r_.hidden + row * r_.padded_ff + first / 2);
+    });
+  }
+
+  int64_t cache_offset(int64_t layer, int64_t row, int64_t group) const {
+    return layer * t_.layer_stride + r_.places[row].sequence * t_.sequence_stride + group * t_.head_stride;
+  }
+
+  void store(void* cache, int64_t offset, const float* x) const {
+    if (t_.is_bf16) {
+      auto* to = static_cast<uint16_t*>(cache) + offset;
+      for (int64_t i = 0; i < m_.d_head; ++i) to[i] = to_bf16(x[i]);
+    } else {
+      std::memcpy(static_cast<float*>(cache) + offset, x, static_cast<size_t>(m_.d_head) * sizeof(float));
+    }
+  }
+
+  // Norm and rotation of queries and keys; keys and values go into the cache.
+  void turn_and_store(const Layer& layer, int64_t l) {
+    const int64_t heads = m_.n_heads + 2 * m_.n_kv_heads;
+    for (int64_t i = team_.begin(r_.n * heads); i < team_.end(r_.n * heads); ++i) {
+      const int64_t row = i / heads, head = i % heads, position = r_.places[row].position;
+      float* x = r_.qkv + row * r_.n_qkv + head * m_.d_head;
+      const int64_t key = head - m_.n_heads, value = key - m_.n_kv_heads;
+      if (value < 0) {
+        const float* norm = key < 0 ? layer.norm_q : layer.norm_k;
+        if (norm != nullptr) isa_.rms_norm(x, norm, m_.d_head, m_.eps, x);
+        const int64_t angle = position * (m_.d_head / 2);
+        isa_.rotate(x, m_.cosines + angle, m_.sines + angle, m_.d_head / 2);
+      }
+      if (key < 0) continue;
+      const int64_t offset = cache_offset(l, row, value < 0 ? key : value) + position * t_.position_stride;
+      store(value < 0 ? t_.keys : t_.values, offset, x);
+    }
+  }
+
+  void attend(const Layer& layer, int64_t l) {
+    const int64_t group = m_.n_heads / m_.n_kv_heads;
+    // Heads outside, so that a head's keys stay in the cache for all rows; a row's work grows with
+    // its position, but every thread gets all rows of its heads.
+    for (int64_t task = team_.begin(m_.n_heads * r_.n); task < team_.end(m_.n_heads * r_.n); ++task) {
+      const int64_t head = task / r_.n, row = task % r_.n;
+      const int64_t n_keys = r_.places[row].position + 1;
+      const int64_t skipped = layer.window > 0 ? std::max<int64_t>(0, n_keys - layer.window) : 0;
+      const int64_t offset = cache_offset(l, row, head / group) + skipped * t_.position_stride;
+      const int64_t bytes = t_.is_bf16 ? 2 : 4;
+      const CachedHead cached = {static_cast<const char*>(t_.keys) + offset * bytes,
+                                 static_cast<const char*>(t_.values) + offset * bytes,
+                                 t_.position_stride, n_keys - skipped, t_.is_bf16 != 0};
+      isa_.attend(r_.qkv + row * r_.n_qkv + head * m_.d_head, cached, m_.d_head, own_.scores,
+                  r_.attended + (row * m_.n_heads + head) * m_.d_head);
+    }
+  }
+
+  void finish() {
+    if (t_.hidden != nullptr)
+      for (int64_t i = team_.begin(r_.n); i < team_.end(r_.n); ++i)
+        isa_.rms_norm(r_.x + i * m_.d, m_.norm, m_.d, m_.eps, t_.hidden + (r_.first + i) * m_.d);
+    if (t_.logits == nullptr) return;
+    const Weight& w = *m_.head;
+    const int64_t panels = round_up(w.n, kPanel) / kPanel;
+    const Inputs in = quantize(r_.x, m_.d, m_.d, m_.norm);
+    for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
+      for (int64_t i = 0; i < r_.n; ++i) {  // rows that are a sequence's last
+        if (!r_.places[i].is_last) continue;
+        const int64_t rows = t_.n_tokens == 1 ? r_.n - i : 1;
+        isa_.tile(in.q + i * in.stride, in.stride, in.scale + i, rows, w, p * kPanel,
+                  t_.logits + r_.places[i].sequence * w.n + p * kPanel, w.n);
+        i += rows - 1;
+      }
+  }
+};
+
+void run_pass(void* context, const Team& team) {
+  Pass(*static_cast<const Rows*>(context), team).run();
+}
+
+}  // namespace
+}  // namespace tinyllm
+
+using namespace tinyllm;
+
+int tinyllm_decode(const Decoder* decoder, const Tokens* tokens, int64_t threads) {
+  const int64_t total = tokens->n_sequences * tokens->n_tokens;
+  if (total < 1 || decoder->n_layers < 1 || threads < 1) return -1;
+  for (int64_t i = 0; i < total; ++i)
+    if (tokens->ids[i] < 0 || tokens->ids[i] >= decoder->head->n) return -1;
+  const int64_t most = std::min(total, kRows);
+  const Layer& layer = decoder->layers[0];
+  const int64_t per_row = layer.qkv->n * layer.qkv->k + 3 * decoder->d * decoder->d_ff;
+  threads = std::clamp<int64_t>(most * per_row / kWorkPerThread, 1, threads);
+  thread_local Scratch scratch;
+  void* memory = scratch.reserve(Rows(*decoder, *tokens, most, threads, nullptr).bytes);
+  if (memory == nullptr) return -2;
+  Rows rows(*decoder, *tokens, most, threads, static_cast<char*>(memory));
+  for (int64_t first = 0; first < total; first += most) {
+    rows.begin(first, std::min(most, total - first));
+    run_team(static_cast<int>(threads), run_pass, &rows);
+  }
+  return 0;
+}
+
+void tinyllm_large_pages(void* start, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  madvise(start, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // refused: small pages, as before
+#else
+  (void)start, (void)bytes;
+#endif
+}

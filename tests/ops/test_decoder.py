@@ -1,0 +1,224 @@
+"""A whole INT8 transformer in one native call, against the same model written down in fp64."""
+
+import math
+import os
+import threading
+
+import pytest
+import torch
+from instruction_sets import isa_fixture
+
+from tinyllm.ops import cpu
+from tinyllm.ops.decoder import Decoder, DecoderWeights, LayerWeights, Room
+from tinyllm.ops.reference import quantize_per_row
+
+EPS, V = 1e-6, 70
+
+
+isa = isa_fixture(*cpu.ISAS)
+
+
+@pytest.fixture
+def native():
+    if cpu.load()[0] is None:
+        pytest.skip(f"no native kernels here: {cpu.load()[1]}")
+
+
+def weights(d=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, qk_norm=True, window=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(n, k):
+        return quantize_per_row(torch.randn(n, k, generator=generator) / math.sqrt(k))
+
+    def norm(n):
+        return 0.5 + torch.rand(n, generator=generator)
+
+    def layer():
+        return LayerWeights(
+            qkv=matrix((n_heads + 2 * n_kv_heads) * d_head, d),
+            o=matrix(d, n_heads * d_head),
+            gate=matrix(d_ff, d),
+            up=matrix(d_ff, d),
+            down=matrix(d, d_ff),
+            norm_attention=norm(d),
+            norm_mlp=norm(d),
+            norm_q=norm(d_head) if qk_norm else None,
+            norm_k=norm(d_head) if qk_norm else None,
+            window=window,
+        )
+
+    angles = torch.rand(300, d_head // 2, generator=generator) * 6
+    return DecoderWeights(
+        layers=[layer() for _ in range(2)],
+        embedding=quantize_per_row(torch.randn(V, d, generator=generator)),
+        head=matrix(V, d),
+        norm=norm(d),
+        cosines=angles.cos(),
+        sines=angles.sin(),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=d_head,
+        eps=EPS,
+    )
+
+
+def rms_norm(x, weight):
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+def linear(x, weight):
+    """Inputs rounded to INT8 as ours are, everything else exact."""
+    q, scale = quantize_per_row(x.float())
+    return (q.double() @ weight[0].double().T) * scale[..., None].double() * weight[1].double()
+
+
+def attention_by_hand(w, layer, qkv, stored):
+    (T, _), K = qkv.shape, w.d_head
+    heads = qkv.view(T, -1, K)
+    q, k, v = heads.split([w.n_heads, w.n_kv_heads, w.n_kv_heads], dim=1)
+    if layer.norm_q is not None:
+        q, k = rms_norm(q, layer.norm_q), rms_norm(k, layer.norm_k)
+    cos, sin = (x[:T, None].double() for x in (w.cosines, w.sines))
+
+    def turned(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    q, k, v = turned(q), turned(k).to(stored).double(), v.to(stored).double()
+    k, v = (x.repeat_interleave(w.n_heads // w.n_kv_heads, dim=1) for x in (k, v))
+    scores = torch.einsum("thk,shk->hts", q, k) / math.sqrt(K)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    seen = (distance >= 0) & ((distance < layer.window) if layer.window else True)
+    weighed = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return torch.einsum("hts,shk->thk", weighed, v).flatten(1)
+
+
+def by_hand(w, ids, stored=torch.float32):
+    """Hidden states and logits of one sequence."""
+    x = w.embedding[0][ids].double() * w.embedding[1][ids, None].double()
+    for layer in w.layers:
+        qkv = linear(rms_norm(x, layer.norm_attention), layer.qkv)
+        x = x + linear(attention_by_hand(w, layer, qkv, stored), layer.o)
+        normed = rms_norm(x, layer.norm_mlp)
+        gate, up = linear(normed, layer.gate), linear(normed, layer.up)
+        x = x + linear(torch.nn.functional.silu(gate) * up, layer.down)
+    hidden = rms_norm(x, w.norm)
+    return hidden, linear(hidden, w.head)
+
+
+def room(w, n_sequences=1, starts=None, dtype=torch.float32, length=300):
+    shape = len(w.layers), n_sequences, w.n_kv_heads, length, w.d_head
+    keys, values = (torch.full(shape, math.nan, dtype=dtype) for _ in range(2))
+    return Room(keys=keys, values=values, starts=starts or [0] * n_sequences)
+
+
+def tokens(*shape, seed=3):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+CASES = [
+    {},
+    {"qk_norm": False, "d_head": 2, "d": 8, "n_kv_heads": 4},
+    {"d_head": 32, "d": 96, "n_kv_heads": 1, "d_ff": 64},
+    {"d_head": 64, "d": 130, "n_heads": 3, "n_kv_heads": 3, "d_ff": 33},
+    {"window": 5, "d_head": 42},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_equals_the_model_by_hand(isa, case, stored):
+    w = weights(**case)
+    ids = tokens(1, 37)
+    hidden, logits = by_hand(w, ids[0], stored)
+    decoder = Decoder(w)
+    # fp32 rounding; one activation that rounds to its other neighbour would be off by 1e-2
+    close = {"rtol": 2e-4, "atol": 2e-4, "check_dtype": False}
+    torch.testing.assert_close(decoder.hidden(ids, room(w, dtype=stored))[0], hidden, **close)
+    last = decoder.logits(ids, room(w, dtype=stored))[0]
+    torch.testing.assert_close(last, logits[-1], **close)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_parts_batches_and_threads_do_not_change_a_bit(native, monkeypatch, stored):
+    w = weights(d=64, d_head=16, d_ff=176)
+    ids = tokens(3, 200)  # more rows than go through the layers together
+    whole = Decoder(w).hidden(ids, room(w, 3, dtype=stored))
+    for n_threads in ("1", "2", "3"):
+        monkeypatch.setenv("TINYLLM_THREADS", n_threads)
+        decoder = Decoder(w)
+        for row in range(3):
+            alone, parts = room(w, dtype=stored), []
+            for start, end in ((0, 150), (150, 151), (151, 160), (160, 200)):
+                at = Room(keys=alone.keys, values=alone.values, starts=[start])
+                parts.append(decoder.hidden(ids[row : row + 1, start:end], at))
+            assert torch.equal(torch.cat(parts, dim=1)[0], whole[row])
+
+
+def test_sequences_of_different_lengths_go_together(native):
+    w = weights(d=64, d_head=16, d_ff=176)
+    decoder, lengths, ids = Decoder(w), [7, 1, 100, 40], tokens(4, 102)
+    together = room(w, 4)
+    expected = []
+    for row, n in enumerate(lengths):
+        own = Room(
+            keys=together.keys[:, row : row + 1],
+            values=together.values[:, row : row + 1],
+            starts=[0],
+        )
+        decoder.hidden(ids[row : row + 1, :n], own)
+        expected.append(decoder.logits(ids[row : row + 1, : n + 1], room(w)))
+    at = Room(keys=together.keys, values=together.values, starts=lengths)
+    next_ids = torch.stack([ids[row, n] for row, n in enumerate(lengths)])[:, None]
+    assert torch.equal(decoder.logits(next_ids, at), torch.cat(expected))
+
+
+def test_every_instruction_set_gives_the_same_bits(native, monkeypatch):
+    w, ids, outputs = weights(d=96, d_head=24, d_ff=96), tokens(1, 60), []
+    for number, name in enumerate(cpu.ISAS):
+        if cpu.load()[0].tinyllm_isa_supported(number):
+            monkeypatch.setenv("TINYLLM_CPU_ISA", name)
+            outputs.append(Decoder(w).hidden(ids, room(w)))
+    assert all(torch.equal(y, outputs[0]) for y in outputs[1:])
+
+
+def test_what_does_not_fit_is_refused(native):
+    w = weights()
+    decoder = Decoder(w)
+    for bad in (-1, V):
+        with pytest.raises(IndexError, match=f"one of {V}"):
+            decoder.logits(torch.tensor([[1, bad]]), room(w))
+    with pytest.raises(IndexError, match="11 positions"):
+        decoder.logits(tokens(1, 3), room(w, starts=[8], length=10))
+    with pytest.raises(IndexError, match="of 1 sequences"):
+        decoder.logits(tokens(2, 3), room(w))
+
+
+def test_nan_stays_in_its_sequence(native):
+    w = weights()
+    w.embedding[1][5] = math.nan
+    logits = Decoder(w).logits(torch.tensor([[1, 2], [5, 2]]), room(w, 2))
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
+
+
+def test_callers_at_the_same_time_and_forked_ones_get_their_own_threads(native, monkeypatch):
+    monkeypatch.setenv("TINYLLM_THREADS", "2")
+    w, ids = weights(d=64, d_head=16, d_ff=176), tokens(1, 20)
+    decoder = Decoder(w)
+    expected = decoder.logits(ids, room(w))
+    results = []
+
+    def work():
+        results.extend(torch.equal(decoder.logits(ids, room(w)), expected) for _ in range(20))
+
+    callers = [threading.Thread(target=work) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert results == [True] * 60
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(decoder.logits(ids, room(w)), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

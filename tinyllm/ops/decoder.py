@@ -1,0 +1,245 @@
+"""Tokens through a whole INT8 transformer in one native call, instead of some forty per block.
+
+A small model decodes at the speed of its calls, not of its arithmetic: an RMSNorm of 256 numbers
+takes 10 us from Python and 0.1 us in C++ (kernels/cpu/decoder.h).
+Dimensions: B sequences, T new tokens, D width, F feed-forward width, H query heads, G key-value
+heads, K head width, V vocabulary.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinyllm.ops import cpu
+
+Weight = tuple[Tensor, Tensor]
+"""INT8 rows (N, K) and their fp32 scales (N,)."""
+CACHED = (torch.float32, torch.bfloat16)
+"""What keys and values may be stored as."""
+GATES = 32
+"""Rows of the gate that lie together, followed by their rows of the up projection."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWeights:
+    """One block; layers that read the same input are joined by their outputs."""
+
+    qkv: Weight
+    """(H + 2 G) K outputs from D inputs: queries, keys, values."""
+    o: Weight
+    """D outputs from H K inputs."""
+    gate: Weight
+    """F outputs from D inputs."""
+    up: Weight
+    """Likewise."""
+    down: Weight
+    """D outputs from F inputs."""
+    norm_attention: Tensor
+    """(D,)."""
+    norm_mlp: Tensor
+    """(D,)."""
+    norm_q: Tensor | None
+    """(K,), None without QK-norm."""
+    norm_k: Tensor | None
+    """(K,), likewise."""
+    window: int
+    """Keys that a query sees, its own among them; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderWeights:
+    """A whole model."""
+
+    layers: Sequence[LayerWeights]
+    embedding: Weight
+    """V rows of D numbers."""
+    head: Weight
+    """V outputs from D inputs."""
+    norm: Tensor
+    """(D,), before the head."""
+    cosines: Tensor
+    """(positions, K / 2) of the rotation."""
+    sines: Tensor
+    """Likewise."""
+    n_heads: int
+    """H."""
+    n_kv_heads: int
+    """G."""
+    d_head: int
+    """K."""
+    eps: float
+    """Of every norm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """Where the keys and values of a pass lie: earlier ones, and places for new ones."""
+
+    keys: Tensor
+    """(layers, B, G, S, K), fp32 or bf16, the K numbers of a position together."""
+    values: Tensor
+    """Likewise, with the same strides."""
+    starts: Sequence[int]
+    """How many positions each of the B sequences has already."""
+
+
+class _Layer(ctypes.Structure):
+    """`tinyllm::Layer` of kernels/cpu/decoder.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qkv", "o", "down", "gate_up")),
+        *((name, ctypes.c_void_p) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")),
+        ("window", ctypes.c_int64),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    """`tinyllm::Decoder`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("layers", "head", "embedding", "embedding_scale")),
+        *((name, ctypes.c_void_p) for name in ("norm", "cosines", "sines")),
+        *((name, ctypes.c_int64) for name in ("n_layers", "d", "d_ff")),
+        *((name, ctypes.c_int64) for name in ("n_heads", "n_kv_heads", "d_head")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    """`tinyllm::Tokens`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("ids", "starts", "keys", "values")),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("layer", "sequence", "head", "position")),
+        ("is_bf16", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("hidden", "logits")),
+        *((name, ctypes.c_int64) for name in ("n_sequences", "n_tokens")),
+    )
+
+
+class Decoder:
+    """A model that is ready to take tokens, on the CPU."""
+
+    def __init__(self, weights: DecoderWeights) -> None:
+        """Pack the weights; later changes of them have no effect."""
+        self._memory: list[object] = []  # the library holds bare addresses
+        self._arena = cpu.Arena(sum(map(_packed_bytes, _matrices(weights))))
+        layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers))
+        embedding_q, embedding_scale = (x.detach().contiguous() for x in weights.embedding)
+        numbers = [_floats(x) for x in (weights.norm, weights.cosines, weights.sines)]
+        self._memory += [layers, embedding_q, embedding_scale, *numbers]
+        self._n_vocabulary, self._d = weights.head[0].shape
+        self._n_positions = weights.cosines.shape[0]
+        self._decoder = _Decoder(
+            *(ctypes.addressof(layers), self._packed(weights.head)),
+            *(embedding_q.data_ptr(), embedding_scale.data_ptr()),
+            *(x.data_ptr() for x in numbers),
+            *(len(weights.layers), self._d, weights.layers[0].down[0].shape[1]),
+            *(weights.n_heads, weights.n_kv_heads, weights.d_head),
+            weights.eps,
+        )
+        self._address = ctypes.addressof(self._decoder)
+        self._run = cpu.load()[0].tinyllm_decode
+        self._threads = cpu.given_threads()  # looked up once: it takes as long as a small layer
+
+    def hidden(self, ids_BT: Tensor, room: Room) -> Tensor:
+        """Return the normalised output of the last block, (B, T, D); see `logits`."""
+        hidden = torch.empty((*ids_BT.shape, self._d))
+        self._pass(ids_BT, room, hidden, None)
+        return hidden
+
+    def logits(self, ids_BT: Tensor, room: Room) -> Tensor:
+        """Return the logits after each sequence's last token, (B, V).
+
+        Args:
+            ids_BT: new tokens, int64.
+            room: their keys and values are written behind those of earlier tokens.
+
+        Raises:
+            IndexError: a token is not in the vocabulary, or a position beyond the room.
+        """
+        logits = torch.empty(ids_BT.shape[0], self._n_vocabulary)
+        self._pass(ids_BT, room, None, logits)
+        return logits
+
+    def _pass(self, ids: Tensor, room: Room, hidden: Tensor | None, logits: Tensor | None) -> None:
+        """Let the library write into what is not None."""
+        n_sequences, n_tokens = ids.shape
+        layer, sequence, head, position, _ = room.keys.stride()
+        end = max(room.starts) + n_tokens
+        if end > min(room.keys.shape[3], self._n_positions) or len(room.starts) != n_sequences:
+            raise IndexError(f"{end} positions of {len(room.starts)} sequences do not fit")
+        ids = ids.contiguous()
+        starts = (ctypes.c_int64 * n_sequences)(*room.starts)
+        tokens = _Tokens(
+            *(ids.data_ptr(), ctypes.addressof(starts)),
+            *(room.keys.data_ptr(), room.values.data_ptr()),
+            *(layer, sequence, head, position),
+            room.keys.dtype is torch.bfloat16,
+            None if hidden is None else hidden.data_ptr(),
+            None if logits is None else logits.data_ptr(),
+            *(n_sequences, n_tokens),
+        )
+        threads = self._threads or torch.get_num_threads()
+        if self._run(self._address, ctypes.addressof(tokens), threads):
+            raise IndexError(f"a token is not one of {self._n_vocabulary}")
+
+    def _layer(self, weights: LayerWeights) -> _Layer:
+        """Pack one block."""
+        norms = [
+            None if norm is None else _floats(norm)
+            for norm in (weights.norm_attention, weights.norm_mlp, weights.norm_q, weights.norm_k)
+        ]
+        self._memory += norms
+        return _Layer(
+            *(self._packed(x) for x in (weights.qkv, weights.o, weights.down, _gate_up(weights))),
+            *(None if norm is None else norm.data_ptr() for norm in norms),
+            weights.window,
+        )
+
+    def _packed(self, weight: Weight) -> int:
+        """Pack a matrix; return the address of its `tinyllm::Weight`."""
+        linear = cpu.PackedLinear(*weight, self._arena)
+        self._memory.append(linear)
+        return linear.address
+
+
+def no_decoder(weights: DecoderWeights) -> None:
+    """Stand for the reference: there is nothing to prepare, the model's layers run one by one."""
+
+
+def _floats(x: Tensor) -> Tensor:
+    """Return a copy in fp32 that nobody else changes."""
+    return x.detach().float().contiguous().clone()
+
+
+def _gate_up(weights: LayerWeights) -> Weight:
+    """Return gate and up as one matrix, `GATES` rows of each in turn, padded with zeros.
+
+    So every panel of 64 outputs holds pairs, and any thread can multiply its pairs at once.
+    """
+    (gate, gate_scale), (up, up_scale) = weights.gate, weights.up
+    n_padded = -gate.shape[0] % GATES
+    rows = [torch.nn.functional.pad(x, (0, 0, 0, n_padded)) for x in (gate, up)]
+    scales = [torch.nn.functional.pad(x, (0, n_padded)) for x in (gate_scale, up_scale)]
+    pairs = torch.stack([x.view(-1, GATES, gate.shape[1]) for x in rows], dim=1)
+    pair_scales = torch.stack([x.view(-1, GATES) for x in scales], dim=1)
+    return pairs.flatten(0, 2), pair_scales.flatten()
+
+
+def _matrices(weights: DecoderWeights) -> list[tuple[int, int]]:
+    """Return the sizes of all packed matrices."""
+    shapes = [tuple(weights.head[0].shape)]
+    for layer in weights.layers:
+        n_pairs = -(-layer.gate[0].shape[0] // GATES) * GATES
+        shapes += [tuple(x[0].shape) for x in (layer.qkv, layer.o, layer.down)]
+        shapes.append((2 * n_pairs, layer.gate[0].shape[1]))
+    return [(n, k) for n, k in shapes]
+
+
+def _packed_bytes(shape: tuple[int, int]) -> int:
+    """Return what a matrix takes when it is packed."""
+    return cpu.packed_bytes(*shape)
