@@ -1,5 +1,6 @@
 """A tiny model directory with a real tokenizer, for the export tests."""
 
+import copy
 from functools import cache
 
 import torch
@@ -23,7 +24,7 @@ class Lora:
 
 def lively_model(vocab_size, **changes):
     """A model of which no weight has a neutral value, so that a lost one shows."""
-    model = tiny_model(3, vocab_size=vocab_size, max_seq_len=64, **changes)
+    model = tiny_model(3, vocab_size=vocab_size, **{"max_seq_len": 64, **changes})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,6 +33,24 @@ def lively_model(vocab_size, **changes):
             getattr(block.self_attn, "kv_b_proj" if model.config.mla else "v_proj").weight.mul_(4)
             block.mlp.down_proj.weight.mul_(4)
     return model
+
+
+def with_large_activations(model, largest):
+    """The same function with a residual stream so much larger: what is added to it grows alike."""
+    ids, seen = torch.arange(40)[None] % model.config.vocab_size, []
+    hook = model.norm.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].abs().max())
+    )
+    with torch.no_grad():
+        model(ids)
+        hook.remove()
+        large = copy.deepcopy(model)
+        large.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        large.embed_tokens.weight.mul_(largest / seen[0])
+        for block in large.layers:
+            block.self_attn.o_proj.weight.mul_(largest / seen[0])
+            block.mlp.down_proj.weight.mul_(largest / seen[0])
+    return large
 
 
 def write_clean(folder, seed=1):

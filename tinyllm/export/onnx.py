@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyllm.errors import DataError
+from tinyllm.errors import ArtifactError, DataError
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
 
@@ -52,27 +52,72 @@ def export_onnx(model: Transformer, path: Path, opset: int) -> None:
     Raises:
         DataError: the weights do not fit into one file.
     """
-    n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    n_layers = model.config.n_layers
+    write_graph(
+        _WithCache(model),
+        _example(model.config),
+        path,
+        opset,
+        input_names=["input_ids", "attention_mask", "position_ids", *past_names(n_layers)],
+        output_names=[LOGITS, *present_names(n_layers)],
+        dynamic_shapes=_dynamic_shapes(n_layers),
+    )
+
+
+def write_graph(
+    module: nn.Module, example: tuple[Any, ...], path: Path, opset: int, **names: Any
+) -> Any:
+    """Write one ONNX file of a module; return what it holds.
+
+    Args:
+        module: in fp32 on the CPU.
+        example: its arguments.
+        path: of the file; its folder exists.
+        opset: version of the operator set.
+        names: of inputs and outputs, and which dimensions are free, as torch's exporter takes them.
+
+    Raises:
+        DataError: the weights do not fit into one file.
+    """
+    n_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     if n_bytes > MAX_BYTES:
         raise DataError(
             f"{path}: {n_bytes} bytes of weights do not fit into one ONNX file of {MAX_BYTES};"
             " export a smaller model"
         )
-    n_layers = model.config.n_layers
     with quiet():
         program = torch.onnx.export(
-            _WithCache(model).eval(),
-            _example(model.config),
+            module.eval(),
+            example,
             dynamo=True,
             opset_version=opset,
-            input_names=["input_ids", "attention_mask", "position_ids", *past_names(n_layers)],
-            output_names=[LOGITS, *present_names(n_layers)],
-            dynamic_shapes=_dynamic_shapes(n_layers),
             external_data=False,
             verbose=False,
+            **names,
         )
         assert program is not None
-        save_proto(program.model_proto, path)
+        proto = program.model_proto
+        save_proto(proto, path)
+        return proto
+
+
+def load_proto(path: Path) -> Any:
+    """Return what an ONNX file holds.
+
+    Raises:
+        ArtifactError: it is missing, or damaged.
+    """
+    import onnx
+
+    try:
+        proto = onnx.load(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; build it with `dvc repro export`") from None
+    except Exception as error:  # protobuf's class, whose module is not a dependency of ours
+        raise ArtifactError(f"{path}: not a whole ONNX file: {error}") from None
+    if not proto.graph.output:
+        raise ArtifactError(f"{path}: not a whole ONNX file: it has no outputs")
+    return proto
 
 
 def save_proto(proto: Any, path: Path) -> None:

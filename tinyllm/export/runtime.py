@@ -17,6 +17,37 @@ Past = list[Any]
 """Keys and values of all layers as ONNX Runtime holds them: no copy between two steps."""
 
 
+def open_session(path: Path, n_threads: int) -> Any:
+    """Return ONNX Runtime's session over a file.
+
+    Args:
+        path: an ONNX file.
+        n_threads: cores for one pass.
+
+    Raises:
+        ArtifactError: missing, or not a file that ONNX Runtime can read.
+    """
+    import onnxruntime as ort
+
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file; build it with `dvc repro export`")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = n_threads, 1
+    options.log_severity_level = 3  # warnings about dropped constants are not for the user
+    # between two calls a waiting thread would otherwise burn the core that Python needs
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own exception classes have no common base
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {reason}") from None
+
+
+def cache_dtype(kind: str) -> type[np.floating[Any]]:
+    """Return what a cache holds, by ONNX Runtime's name: `tensor(float16)` or `tensor(float)`."""
+    return np.float16 if kind == "tensor(float16)" else np.float32
+
+
 class OnnxModel:
     """A session over one file; it holds no state between calls."""
 
@@ -32,31 +63,20 @@ class OnnxModel:
         """
         import onnxruntime as ort
 
-        if not path.is_file():
-            raise ArtifactError(f"{path}: no such file; build it with `dvc repro export`")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = n_threads, 1
-        options.log_severity_level = 3  # warnings about dropped constants are not for the user
-        # between two calls a waiting thread would otherwise burn the core that Python needs
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the runtime's own exception classes have no common base
-            reason = str(error).splitlines()[0]
-            raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {reason}") from None
+        self._session = open_session(path, n_threads)
         self._value = ort.OrtValue.ortvalue_from_numpy
         shapes = {node.name: node.shape for node in self._session.get_inputs()}
         self.n_layers = sum(name.endswith(".key") for name in shapes)
         self._past_names = past_names(self.n_layers)
         self._outputs = [LOGITS, *present_names(self.n_layers)]
         self._past_shapes = [shapes[name] for name in self._past_names]
+        kinds = {node.name: node.type for node in self._session.get_inputs()}
+        self._dtype = cache_dtype(kinds[self._past_names[0]])
 
     def empty_past(self, batch_size: int) -> Past:
         """Return the cache before the first token."""
         return [
-            self._value(np.zeros((batch_size, n_heads, 0, width), np.float32))
+            self._value(np.zeros((batch_size, n_heads, 0, width), self._dtype))
             for _, n_heads, _, width in self._past_shapes
         ]
 

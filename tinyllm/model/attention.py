@@ -104,9 +104,11 @@ def attend(
         q_BHTK: queries.
         k_BGSK: keys; consecutive H / G query heads share one.
         v_BGSK: values, of any width.
-        mask: as in `Attention.forward`.
+        mask: as in `Attention.forward`, or numbers that are added to the scores.
         scale: of the scores; None: 1 / sqrt(K).
     """
+    if mask is not None and mask.is_floating_point():
+        return attend_with_bias(q_BHTK, k_BGSK, v_BGSK, mask, scale or q_BHTK.shape[-1] ** -0.5)
     return F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK,
@@ -116,6 +118,22 @@ def attend(
         scale=scale,
         enable_gqa=k_BGSK.shape[1] != q_BHTK.shape[1],
     )
+
+
+def attend_with_bias(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_TS: Tensor, scale: float
+) -> Tensor:
+    """Return softmax(scale Q K^T + bias) V, (B, H, T, width of v), in the plainest operators.
+
+    For graphs of fixed shapes: the queries of the heads that share a key become rows of one matrix
+    product, so keys are never repeated, and no tensor has more than four dimensions.
+    """
+    B, H, T, _ = q_BHTK.shape
+    G = k_BGSK.shape[1]
+    scores = (q_BHTK * scale).reshape(B, G, H // G * T, -1) @ k_BGSK.mT
+    shares = (scores.view(B, H, T, -1) + bias_TS).softmax(dim=-1)
+    y_BHTV: Tensor = (shares.view(B, G, H // G * T, -1) @ v_BGSK).view(B, H, T, -1)
+    return y_BHTV
 
 
 def causal_mask(n_tokens: int, device: torch.device) -> Tensor:

@@ -125,7 +125,9 @@ class LatentAttention(nn.Module):
         scores = scores.view(B, H, T, -1).float() * self.scale
         if mask is None and T > 1:
             mask = causal_mask(T, scores.device)
-        if mask is not None:  # not -inf: a row of padding sees nothing, and must not become NaN
+        if mask is not None and mask.is_floating_point():
+            scores = scores + mask
+        elif mask is not None:  # not -inf: a row of padding sees nothing, and must not become NaN
             scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
         shares = scores.softmax(dim=-1).to(latent.dtype)
         seen_BHTR = (shares.flatten(1, 2) @ latent).view(B, H, T, -1)
