@@ -1,14 +1,17 @@
+import copy
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from export_case import lively_model
+from export_case import lively_model, with_large_activations
 
 from tinyllm.errors import ArtifactError
-from tinyllm.export.onnx import export_onnx
+from tinyllm.export.onnx import export_onnx, past_names
+from tinyllm.export.onnx_fp16 import make_norms_safe, round_everything, to_fp16
 from tinyllm.export.onnx_int8 import quantize_onnx
+from tinyllm.export.onnx_qdq import quantize_qdq
 from tinyllm.export.runtime import OnnxModel
 from tinyllm.inference.generate import generate
 from tinyllm.inference.sampling import SamplingParams
@@ -36,6 +39,8 @@ def case(tmp_path_factory):
     before = logging.root.handlers[:], logging.root.level, logging.root.manager.disable
     export_onnx(model, file, opset=20)
     quantize_onnx(file, file.with_name("int8.onnx"))
+    quantize_qdq(file, file.with_name("qdq.onnx"))
+    to_fp16(file, file.with_name("fp16.onnx"))
     assert before == (logging.root.handlers[:], logging.root.level, logging.root.manager.disable)
     return model, file
 
@@ -138,6 +143,71 @@ def test_int8_is_smaller_and_close(case):
     assert 1e-4 < noise < 0.05
     operators = _operators(file.with_name("int8.onnx"))
     assert operators.count("MatMulNBits") == 2 * 7 + 1  # every matrix, and the tied head
+
+
+def test_qdq_equals_our_model_with_weights_rounded_in_blocks(case):
+    model, file = copy.deepcopy(case[0]), case[1].with_name("qdq.onnx")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                blocks = layer.weight.view(layer.out_features, -1, 32)
+                scale = blocks.abs().amax(-1, keepdim=True) / 127
+                blocks.copy_((blocks / scale).round() * scale)
+    from onnx.reference import ReferenceEvaluator
+
+    ids = ids_of(1, 20)
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(20)[None],
+    }
+    feeds |= {name: np.zeros((1, 2, 0, 8), np.float32) for name in past_names(2)}
+    by_the_standard = ReferenceEvaluator(str(file)).run(["logits"], feeds)[0]
+    np.testing.assert_allclose(by_the_standard, logits_of(model, ids), atol=TOLERANCE, rtol=0)
+    # ONNX Runtime multiplies in integers here as well: 7 bits and a sign for activations too
+    noise = OnnxModel(file, n_threads=1).logits(ids[0].tolist()) - by_the_standard[0]
+    assert np.linalg.norm(noise) < 0.05 * np.linalg.norm(by_the_standard)
+    assert _operators(file).count("DequantizeLinear") == 2 * 7 + 1
+    assert file.stat().st_size < 0.7 * case[1].stat().st_size
+
+
+def fp16_allowed(model, ids):
+    """Three times the error of torch's fp16, whose norms, rotations and softmax are fp32 inside."""
+    theirs = logits_of(copy.deepcopy(model).half(), ids).astype(np.float32)
+    return 3 * np.abs(theirs - logits_of(model, ids)).max()
+
+
+def test_fp16_file_has_no_fp32_but_its_logits_and_is_as_near_as_fp16_can_be(case):
+    import onnx
+
+    model, file = case[0], case[1].with_name("fp16.onnx")
+    proto = onnx.shape_inference.infer_shapes(onnx.load(file), strict_mode=True).graph
+    values = (*proto.value_info, *proto.input, *proto.output)
+    fp32 = onnx.TensorProto.FLOAT
+    assert {v.name for v in values if v.type.tensor_type.elem_type == fp32} == {"logits"}
+    assert not [t.name for t in proto.initializer if t.data_type == fp32]
+    ids = ids_of(2, 40)
+    ours, half = logits_of(model, ids), OnnxModel(file, n_threads=1)
+    first, past = half.forward(ids[:, :30], half.empty_past(2))
+    theirs = np.concatenate((first, half.forward(ids[:, 30:], past)[0]), axis=1)
+    assert 0 < np.abs(theirs - ours).max() <= fp16_allowed(model, ids)
+
+
+def test_fp16_norms_hold_activations_of_5000(case, tmp_path):
+    import onnx
+
+    export_onnx(with_large_activations(case[0], 5000), tmp_path / "naive.onnx", opset=20)
+    proto = onnx.load(tmp_path / "naive.onnx")
+    make_norms_safe(proto.graph)
+    onnx.save(proto, tmp_path / "safe.onnx")
+    ids, results = ids_of(1, 40), {}
+    for name in ("naive", "safe"):
+        round_everything(tmp_path / f"{name}.onnx", tmp_path / f"{name}_16.onnx")
+        rounded = OnnxModel(tmp_path / f"{name}_16.onnx", n_threads=1)
+        results[name] = rounded.forward(ids, rounded.empty_past(1))[0]
+    assert not results["naive"].any()  # 5000^2 is inf in fp16, 1 / inf is 0
+    assert np.abs(results["safe"] - logits_of(case[0], ids)).max() <= fp16_allowed(case[0], ids)
 
 
 def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path):

@@ -7,7 +7,7 @@ Weights are quantised symmetrically in blocks of 32 inputs, activations at run t
 from pathlib import Path
 from typing import Any
 
-from tinyllm.export.onnx import quiet, save_proto
+from tinyllm.export.onnx import load_proto, quiet, save_proto
 
 BLOCK = 32
 INT8_ACTIVATIONS = 4
@@ -17,14 +17,13 @@ INT8_ACTIVATIONS = 4
 def quantize_onnx(source: Path, target: Path) -> None:
     """Write the 8-bit form of an ONNX file; the embedding table stays in fp32."""
     with quiet():
-        import onnx
         from onnxruntime.quantization.matmul_nbits_quantizer import (
             DefaultWeightOnlyQuantConfig,
             MatMulNBitsQuantizer,
         )
 
-        proto = onnx.load(source)
-        _untie_head(proto.graph)
+        proto = load_proto(source)
+        untie_head(proto.graph)
         how = DefaultWeightOnlyQuantConfig(
             block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS, bits=8
         )
@@ -33,7 +32,7 @@ def quantize_onnx(source: Path, target: Path) -> None:
         save_proto(quantizer.model.model, target)
 
 
-def _untie_head(graph: Any) -> None:
+def untie_head(graph: Any) -> None:
     """Give a head that is tied to the embedding a matrix of its own.
 
     The float graph turns the shared table at run time (`Transpose`); only a matrix that is stored
