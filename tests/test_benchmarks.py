@@ -16,6 +16,7 @@ QUICK = (
     "attention_kinds",
     "interop",
     "memory",
+    "onnx_static",
     "throughput",
     "time_to_loss",
     "transformers_equality",

@@ -259,7 +259,8 @@ def test_verify_prints_the_table_and_refuses_another_models_export(run, model_di
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         (tmp_path / "params.yaml").write_text(
-            "export: {opset: 20, onnx_int8: false, gguf: [], prompts: 1, prompt_tokens: 8,"
+            "export: {opset: 20, onnx_fp16: false, onnx_int8: false, onnx_static: null,"
+            " static_chunk: 8, gguf: [], prompts: 1, prompt_tokens: 8,"
             " greedy_tokens: 4, max_logit_diff: 1.0e-4}\n"
         )
         numbers = tmp_path / "numbers.json"

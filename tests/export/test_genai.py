@@ -22,6 +22,9 @@ from tinyllm.tokenizer.tokenizer import Tokenizer
 PARAMS = ExportParams(
     opset=20,
     onnx_int8=False,
+    onnx_fp16=False,
+    onnx_static=None,
+    static_chunk=8,
     gguf=(),
     prompts=1,
     prompt_tokens=8,

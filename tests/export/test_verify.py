@@ -151,6 +151,9 @@ def test_params_refuse_by_name():
     good = {
         "opset": 20,
         "onnx_int8": True,
+        "onnx_fp16": True,
+        "onnx_static": None,
+        "static_chunk": 8,
         "gguf": ("f32",),
         "prompts": 3,
         "prompt_tokens": 8,

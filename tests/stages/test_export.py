@@ -14,8 +14,9 @@ from tinyllm.artifact import load_manifest, verify_files
 from tinyllm.errors import GateError, LineageError
 from tinyllm.export import bundle
 
-PARAMS = """export: {{opset: 20, onnx_int8: true, gguf: [f32, q8_0], prompts: 2,
-  prompt_tokens: 16, greedy_tokens: 24, max_logit_diff: {bar}}}
+PARAMS = """export: {{opset: 20, onnx_fp16: true, onnx_int8: true, onnx_static: host,
+  static_chunk: 8, gguf: [f32, q8_0], prompts: 2, prompt_tokens: 16, greedy_tokens: 24,
+  max_logit_diff: {bar}}}
 """
 
 
@@ -54,7 +55,7 @@ def test_artifact_is_whole_and_knows_its_ancestors(pipeline):
 
 def test_metrics_have_the_parity_table(pipeline):
     rows = json.loads((paths.REPORTS / "export" / "metrics.json").read_text())["export"]
-    for name in ("ours", "transformers", "peft", "onnx"):
+    for name in ("ours", "transformers", "peft", "onnx", "onnx_static"):
         assert rows[name]["greedy_equal_tokens"] == rows[name]["greedy_tokens"] > 48
         assert rows[name]["max_logit_diff"] < 1e-4
         assert "tokens_per_s" not in rows[name]

@@ -2,7 +2,8 @@
 
 hf/     for transformers
 peft/   the adapter and its base, for peft
-onnx/   model.onnx, model_int8.onnx, and what a tokenizer, a chat and ONNX Runtime GenAI need
+onnx/   model.onnx in fp32, fp16 and 8 bits (two forms), fixed sizes in static/, and what
+        a tokenizer, a chat and ONNX Runtime GenAI need
 gguf/   model_f32.gguf, ..., each whole in itself, for llama.cpp
 """
 
@@ -13,13 +14,26 @@ from typing import NamedTuple
 from tinyllm.artifact import load_manifest, write_json
 from tinyllm.export.card import model_card
 from tinyllm.export.families import hf_config, hf_refuses
-from tinyllm.export.formats import GGUF, HF, ONNX, ONNX_FLOAT, ONNX_INT8, PEFT
+from tinyllm.export.formats import (
+    GGUF,
+    HF,
+    ONNX,
+    ONNX_FLOAT,
+    ONNX_FP16,
+    ONNX_INT8,
+    ONNX_QDQ,
+    ONNX_STATIC,
+    PEFT,
+)
 from tinyllm.export.genai import GENAI_CONFIG, genai_config, genai_refuses
 from tinyllm.export.gguf import write_gguf
 from tinyllm.export.gguf_layout import gguf_refusal
 from tinyllm.export.hf import generation_config, special_ids, tokenizer_config, write_hf
 from tinyllm.export.onnx import export_onnx
+from tinyllm.export.onnx_fp16 import to_fp16
 from tinyllm.export.onnx_int8 import quantize_onnx
+from tinyllm.export.onnx_qdq import quantize_qdq
+from tinyllm.export.onnx_static import export_static
 from tinyllm.export.params import ExportParams
 from tinyllm.export.peft_folder import peft_refuses, write_peft
 from tinyllm.model.directory import CONFIG, COPIED, load_model
@@ -71,8 +85,21 @@ def write_bundle(
     (directory / ONNX).mkdir()
     progress.say(f"writing ONNX, opset {params.opset}")
     export_onnx(model, directory / ONNX_FLOAT, params.opset)
+    if params.onnx_fp16:
+        to_fp16(directory / ONNX_FLOAT, directory / ONNX_FP16)
     if params.onnx_int8:
         quantize_onnx(directory / ONNX_FLOAT, directory / ONNX_INT8)
+        quantize_qdq(directory / ONNX_FLOAT, directory / ONNX_QDQ)
+    if params.onnx_static is not None:
+        progress.say(f"writing ONNX of fixed sizes, chunks of {params.static_chunk} tokens")
+        (directory / ONNX_STATIC).mkdir()
+        export_static(
+            model,
+            directory / ONNX_STATIC,
+            opset=params.opset,
+            chunk=params.static_chunk,
+            writes=params.onnx_static,
+        )
     _write_beside_graphs(source, model.config, directory / ONNX)
     if gguf_refusal(model.config) is None:
         for kind in params.gguf:

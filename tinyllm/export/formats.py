@@ -16,11 +16,14 @@ from tinyllm.export.hf_runtime import PeftAdapter, TransformersModel
 from tinyllm.export.llamacpp_runtime import LlamaCppModel
 from tinyllm.export.params import GgufType
 from tinyllm.export.runtime import OnnxModel
+from tinyllm.export.static_runtime import StaticModel, open_rounded
 from tinyllm.export.verify import Runtime
 from tinyllm.model.sizes import ModelConfig
 
 HF, PEFT, ONNX = "hf", "peft", "onnx"
-ONNX_FLOAT, ONNX_INT8 = f"{ONNX}/model.onnx", f"{ONNX}/model_int8.onnx"
+ONNX_FLOAT, ONNX_FP16 = f"{ONNX}/model.onnx", f"{ONNX}/model_fp16.onnx"
+ONNX_INT8, ONNX_QDQ = f"{ONNX}/model_int8.onnx", f"{ONNX}/model_qdq.onnx"
+ONNX_STATIC = f"{ONNX}/static"
 GGUF: dict[GgufType, str] = {
     "f32": "gguf/model_f32.gguf",
     "f16": "gguf/model_f16.gguf",
@@ -59,6 +62,14 @@ def _onnx(path: Path) -> Runtime:
     return OnnxModel(path, n_threads=1)
 
 
+def _static(path: Path) -> Runtime:
+    return StaticModel(path, n_threads=1)
+
+
+def _static_fp16(path: Path) -> Runtime:
+    return open_rounded(path, n_threads=1)
+
+
 def _gguf(path: Path) -> Runtime:
     return LlamaCppModel(path, n_threads=1)
 
@@ -78,7 +89,17 @@ FORMATS = (
     ),
     Format(name="peft", file=PEFT, module="peft", open=PeftAdapter, exact=True),
     Format(name="onnx", file=ONNX_FLOAT, module="onnxruntime", open=_onnx, exact=True),
+    Format(name="onnx_static", file=ONNX_STATIC, module="onnxruntime", open=_static, exact=True),
+    Format(
+        name="onnx_static_fp16",
+        file=ONNX_STATIC,
+        module="onnxruntime",
+        open=_static_fp16,
+        exact=False,
+    ),
+    Format(name="onnx_fp16", file=ONNX_FP16, module="onnxruntime", open=_onnx, exact=False),
     Format(name="onnx_int8", file=ONNX_INT8, module="onnxruntime", open=_onnx, exact=False),
+    Format(name="onnx_qdq", file=ONNX_QDQ, module="onnxruntime", open=_onnx, exact=False),
     Format(
         name="onnx_genai",
         file=ONNX_FLOAT,

@@ -16,8 +16,15 @@ class ExportParams:
 
     opset: int
     """Version of ONNX's operator set, 18 to 23."""
+    onnx_fp16: bool
+    """Also write `model_fp16.onnx`: weights, cache and arithmetic in 16 bits."""
     onnx_int8: bool
-    """Also write `model_int8.onnx`, for ONNX Runtime only."""
+    """Also write 8-bit weights: `model_int8.onnx`, for ONNX Runtime only, and `model_qdq.onnx`."""
+    onnx_static: Literal["host", "graph"] | None
+    """Also write `static/`, without a free dimension; its cache is written by the host, who calls
+    it, or in the graph. null: neither."""
+    static_chunk: int
+    """Tokens that the static prefill graph reads at once; at most the context."""
     gguf: tuple[GgufType, ...]
     """Files for llama.cpp, one per type; none where it has no such architecture."""
     prompts: int
@@ -36,7 +43,7 @@ class ExportParams:
             problems.append(f"opset: {self.opset} is not from {OPSETS[0]} to {OPSETS[-1]}; take 20")
         problems += [
             f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("prompts", "prompt_tokens", "greedy_tokens")
+            for name in ("static_chunk", "prompts", "prompt_tokens", "greedy_tokens")
             if getattr(self, name) < 1
         ]
         if not 0 < self.max_logit_diff < 1:
