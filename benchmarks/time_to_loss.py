@@ -80,8 +80,8 @@ RECIPES = {
     ),
     "thirty_minutes": Recipe(
         vocab_size=1024,
-        model={"d": 384, "n_layers": 6, "max_seq_len": 128, "dropout": 0.2},
-        pretrain={"steps": 1500, "seq_len": 128, "batch_size": 16, "compile": "on"},
+        model={"d": 256, "n_layers": 6, "max_seq_len": 128, "dropout": 0.2},
+        pretrain={"steps": 2000, "seq_len": 128, "batch_size": 16, "compile": "on"},
     ),
 }  # fmt: skip
 

@@ -141,7 +141,7 @@ def test_doctor_tells_what_runs_on_the_card(card, monkeypatch):
     row = rows["attention on the GPU"]
     assert row.backend == "cuda"
     assert row.why == f"CUDA C++ for sm_86, compiled by {cuda_build.compiler().name}"
-    assert rows["decode_block on the GPU"].why == "no CUDA kernel of ours"
+    assert rows["decoder on the GPU"].why == "no CUDA kernel of ours"
 
 
 def test_doctor_tells_why_nothing_does(monkeypatch):
