@@ -237,6 +237,37 @@ def test_torch_knows_the_operator(name):
     assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
+class Alone(torch.nn.Module):
+    """A model of one operator; its inputs are the tensors among the arguments."""
+
+    def __init__(self, operator, arguments):
+        super().__init__()
+        self.operator = operator
+        self.constants = [None if isinstance(x, torch.Tensor) else x for x in arguments]
+        self.places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
+
+    def forward(self, *tensors):
+        arguments = list(self.constants)
+        for i, tensor in zip(self.places, tensors, strict=True):
+            arguments[i] = tensor
+        return self.operator(*arguments)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("way", ["compiled", "exported"])
+def test_the_compiler_and_the_exporter_take_every_operator(name, way):
+    operator, arguments = OPERATORS[name]()
+    model = Alone(operator, arguments)
+    inputs = tuple(x.detach() for x in arguments if isinstance(x, torch.Tensor))
+    if way == "compiled":
+        whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        whole = torch.export.export(model, inputs).module()
+    results = [run(*(x.clone() for x in inputs)) for run in (whole, model)]
+    ours, eager = (x if isinstance(x, tuple) else (x,) for x in results)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
 class Sandwich(torch.nn.Module):
     """Every operation that a model may call."""
 
