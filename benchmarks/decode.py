@@ -11,7 +11,7 @@ second over that. The last line is one JSON object. `--quick` ends within 50 s.
 
 import os
 
-# Peers wait as they do by default: with passive OpenMP llama.cpp decodes 8 times slower on 2 threads.
+# Peers wait as they do by default: passive OpenMP makes llama.cpp 8 times slower on 2 threads.
 os.environ.pop("OMP_WAIT_POLICY", None)
 
 import argparse
