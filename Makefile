@@ -10,16 +10,21 @@ export OMP_WAIT_POLICY ?= passive
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(VENV)/ready  ## build the environment in .venv, pinned by constraints.txt
+setup: $(VENV)/ready-dev  ## build the environment in .venv, pinned by constraints.txt
 
 # torch first and by itself: any other order lets a dependency choose another build of it
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+# what tests and checks need on top
+$(VENV)/ready-dev: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-repro: setup  ## run the pipeline: `dvc repro` with params.yaml
+repro: $(VENV)/ready  ## run the pipeline: `dvc repro` with params.yaml
 	dvc repro
 
 test: setup  ## run the tests that take seconds
