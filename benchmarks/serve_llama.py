@@ -4,8 +4,8 @@
 
 Both formats are written from the float weights of a model that writes text: what random ones write
 is no UTF-8, and llama-cpp-python holds such tokens back. The servers are processes of their own
-that take turns; the same clients speak HTTP to both. Needs `pip install 'llama-cpp-python[server]'`.
-The last line is one JSON object.
+that take turns; the same clients speak HTTP to both. Needs llama-cpp-python with its extra
+`server`. The last line is one JSON object.
 """
 
 import argparse
