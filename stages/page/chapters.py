@@ -13,13 +13,12 @@ _PARITY = {
     "max_logit_diff": "largest |Δ logit|",
     "max_cached_logit_diff": "with cache",
     "kl": "KL",
-    "top1_agreement": "top-1 agreement",
-    "greedy_equal_tokens": "equal greedy tokens",
+    "top1_agreement": "top-1",
+    "greedy_equal_tokens": "equal tokens",
     "greedy_tokens": "of",
-    "first_divergence": "first to part",
-    "unequal_texts": "texts with other tokens",
+    "first_divergence": "parts at",
+    "unequal_texts": "texts apart",
     "file_bytes": "size",
-    "missing": "not compared",
 }
 _SPEED = {
     "val_bpb": "bits per byte",
@@ -159,7 +158,11 @@ def parity(facts: Facts) -> Section:
         for name, row in told.items()
         if isinstance(row, Mapping) and ("greedy_tokens" in row or "missing" in row)
     }
-    blocks: list[Block] = [comparison(rows, _PARITY)] if rows else []
+    missing = {name: row for name, row in rows.items() if "missing" in row}
+    compared = {name: row for name, row in rows.items() if name not in missing}
+    blocks: list[Block] = [comparison(compared, _PARITY)] if compared else []
+    if missing:
+        blocks.append(comparison(missing, {"missing": "not compared"}))
     rest = {name: value for name, value in told.items() if name not in rows}
     blocks += figures(_with(facts, "export", rest), "export", [])
     return Section(
