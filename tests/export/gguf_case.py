@@ -3,6 +3,7 @@
 import dataclasses
 
 import gguf
+from export_case import write_clean, write_model
 
 from tinyllm.export.families import family_of
 from tinyllm.export.gguf_layout import architecture_of
@@ -27,6 +28,14 @@ FORMS = {
     "deepseek2, other epsilon": {**LATENT, "norm_eps": 1e-2},
     "deepseek2, low-rank query, yarn": {**LOW_RANK, **YARN, "norm_eps": 1e-5},
 }
+
+
+def write_forms(folder):
+    """Write a model directory per form; return the folder."""
+    write_clean(folder / "clean")
+    for name, changes in FORMS.items():
+        write_model(folder / name, folder / "clean", **changes)
+    return folder
 
 
 def permuted(w, n_heads):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from export_case import write_clean, write_model
 from gguf import GGMLQuantizationType as Stored
-from gguf_case import FORMS, LATENT, LINEAR, LOW_RANK, YARN, expected_tensors
+from gguf_case import FORMS, LATENT, LINEAR, LOW_RANK, YARN, expected_tensors, write_forms
 from tiny_lm import tiny_config
 from tiny_text import made_up_text
 
@@ -26,11 +25,7 @@ from tinyllm.tokenizer.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A model directory per form, and its files beside it."""
-    folder = tmp_path_factory.mktemp("gguf")
-    write_clean(folder / "clean")
-    for name, changes in FORMS.items():
-        write_model(folder / name, folder / "clean", **changes)
-    return folder
+    return write_forms(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture(scope="module")

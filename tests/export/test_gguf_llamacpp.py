@@ -4,8 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from export_case import write_clean, write_model
-from gguf_case import FORMS
+from gguf_case import FORMS, write_forms
 from tiny_text import REAL, made_up_text, real_text
 
 from tinyllm.errors import ArtifactError, DataError
@@ -22,11 +21,7 @@ PROMPTS = [[7, 8, 9, 10], [20, 21], [300, 14, 99], [50]]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gguf")
-    write_clean(folder / "clean")
-    for name, changes in FORMS.items():
-        write_model(folder / name, folder / "clean", **changes)
-    return folder
+    return write_forms(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -1,43 +1,13 @@
 import pytest
 import torch
+from adamw8bit_case import BETAS, DECAY, EPS, FORGETFUL, LR, borders, empty, gradients, rates
 from instruction_sets import isa_fixture
 
 from tinyllm.ops import adamw8bit
-from tinyllm.ops.adamw8bit import BLOCK, Moments, Rates, dynamic_code
+from tinyllm.ops.adamw8bit import dynamic_code
 from tinyllm.training.adamw8bit import AdamW8bit
 
-BETAS, LR, EPS, DECAY = (0.9, 0.99), 1e-3, 1e-8, 0.1
-
-
 isa = isa_fixture("scalar", "avx512vnni")
-
-
-def empty(n):
-    blocks = -(-n // BLOCK)
-    codes = [torch.zeros(n, dtype=torch.uint8) for _ in range(2)]
-    scales = [torch.zeros(blocks) for _ in range(2)]
-    return Moments(m=codes[0], v=codes[1], m_scale=scales[0], v_scale=scales[1])
-
-
-def rates(step):
-    return Rates(
-        beta1=BETAS[0],
-        beta2=BETAS[1],
-        rate=LR / (1 - BETAS[0] ** step),
-        inverse2=(1 - BETAS[1] ** step) ** -0.5,
-        eps=EPS,
-        decay=1 - LR * DECAY,
-    )
-
-
-def gradients(n, steps, seed=0):
-    """Numbers of very different sizes, whole blocks of zeros and of nearly nothing among them."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        g = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(3).exp()
-        g[BLOCK : 2 * BLOCK] = 0
-        g[2 * BLOCK : 3 * BLOCK] *= 1e-25
-        yield g
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -61,18 +31,9 @@ def test_native_step_equals_the_definition_in_every_bit(isa, n):
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_number_gets_its_nearest_code(isa, signed):
     """All middles and codes with their neighbours, found by the native step from beta = 0."""
-    code = dynamic_code(signed=signed)
-    between = (code[:-1] + code[1:]) / 2
-    edge = torch.cat((between, code))
-    x = torch.cat([edge, *(torch.nextafter(edge, torch.tensor(s)) for s in (-2.0, 2.0))])
-    x = x[(x.abs() <= 1) & (x >= (-1.0 if signed else 0.0))]
-    blocks = torch.nn.functional.pad(x, (0, -len(x) % (BLOCK - 1))).view(-1, BLOCK - 1)
-    g = torch.cat((blocks, torch.ones(len(blocks), 1)), dim=1).flatten()  # scale 1 everywhere
+    code, g = dynamic_code(signed=signed), borders(signed=signed)
     moments = empty(g.numel())
-    if not signed:
-        g = g.double().sqrt().float()
-    zero = Rates(beta1=0.0, beta2=0.0, rate=0.0, inverse2=1.0, eps=1.0, decay=1.0)
-    adamw8bit.step(torch.zeros_like(g), g, moments, zero)
+    adamw8bit.step(torch.zeros_like(g), g, moments, FORGETFUL)
     stored, kept = (moments.m, g) if signed else (moments.v, g * g)
     distance = (kept.double() - code.double()[stored.int()]).abs()
     nearest = (kept.double()[:, None] - code.double()).abs().min(dim=1).values
