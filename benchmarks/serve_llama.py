@@ -30,7 +30,7 @@ from serve import CLIENTS, Stream, call, running_server
 from tinyllm.artifact import build_artifact
 from tinyllm.export.gguf import write_gguf
 from tinyllm.model.directory import CHAT_TEMPLATE, TOKENIZER, load_model
-from tinyllm.quantization.directory import save_int8_model
+from tinyllm.quantization.directory import save_quantized_model
 from tinyllm.quantization.int8 import quantize_model
 from tinyllm.serving.server import model_name
 
@@ -74,7 +74,7 @@ def write_int8(source: Path, directory: Path) -> None:
     with build_artifact(directory, kind="int8", made_from=[source]) as draft:
         for name in (TOKENIZER, CHAT_TEMPLATE):
             (draft.path / name).write_bytes((source / name).read_bytes())
-        save_int8_model(quantize_model(load_model(source)), draft.path)
+        save_quantized_model(quantize_model(load_model(source)), draft.path)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from tinyllm.evaluation.loss import evaluate_stream
 from tinyllm.model.directory import COPIED, WEIGHTS, load_model
 from tinyllm.model.transformer import Transformer
 from tinyllm.params import load_params
-from tinyllm.quantization.directory import save_int8_model
+from tinyllm.quantization.directory import save_quantized_model
 from tinyllm.quantization.gate import QuantizeParams, check_gate
 from tinyllm.quantization.int8 import quantize_model
 from tinyllm.quantization.measure import measure_outputs, model_bytes
@@ -29,7 +29,7 @@ class Params:
 
 
 def quantize() -> None:
-    """Turn the model's matrices into INT8 and prove that it predicts as well as before."""
+    """Turn the model's matrices into INT8 or 4 bits and prove that it predicts as before."""
     params, progress = load_params(Params, paths.PARAMS).quantize, console_progress()
     model, source = load_model(paths.LORA_MERGED), paths.LORA_MERGED
     val = TokenShards.open(paths.TOKENS, "val", None)  # the lineage guard knows the tokenizer
@@ -39,19 +39,20 @@ def quantize() -> None:
         sizes = {"seq_len": seq_len, "batch_tokens": BATCH_TOKENS}
         return evaluate_stream(candidate, val, **sizes, precision="fp32").val_bpb
 
+    kind = f"int{params.weight_bits}"
     inputs, copies = [source, paths.TOKENS], {name: source / name for name in COPIED}
     with build_artifact(
-        paths.INT8, kind="int8", made_from=inputs, config=params, copies=copies
+        paths.INT8, kind=kind, made_from=inputs, config=params, copies=copies
     ) as draft:
-        int8 = quantize_model(model)
-        before, after = evaluate(model), evaluate(int8)
-        progress.say(f"val_bpb {before:.4f} before, {after:.4f} in INT8")
-        check_gate(model, before, after, params.max_bpb_increase_share, evaluate)
-        save_int8_model(int8, draft.path)
+        quantized = quantize_model(model, weight_bits=params.weight_bits)
+        before, after = evaluate(model), evaluate(quantized)
+        progress.say(f"val_bpb {before:.4f} before, {after:.4f} in {kind.upper()}")
+        check_gate(model, before, after, params, evaluate)
+        save_quantized_model(quantized, draft.path)
     ids = torch.from_numpy(val.stream.read(0, min(seq_len, val.n_tokens)).astype("int64"))
     bpb = {"val_bpb_before": before, "val_bpb": after, "val_bpb_increase_share": after / before - 1}
     sizes = {**model_bytes(model), "int8_bytes": (paths.INT8 / WEIGHTS).stat().st_size}
-    layers = measure_outputs(model, int8, ids[None])
+    layers = measure_outputs(model, quantized, ids[None])
     write_metrics(paths.REPORTS, "quantize", {**bpb, **sizes, "layers": layers})
 
 

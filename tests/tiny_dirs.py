@@ -12,7 +12,7 @@ from tinyllm.model.directory import CHAT_TEMPLATE as CHAT_TEMPLATE_FILE
 from tinyllm.model.directory import TOKENIZER, save_model
 from tinyllm.model.init import build_model
 from tinyllm.progress import Silent
-from tinyllm.quantization.directory import save_int8_model
+from tinyllm.quantization.directory import save_quantized_model
 from tinyllm.quantization.int8 import quantize_model
 from tinyllm.shards.writer import EncodeParams, write_split
 from tinyllm.tokenizer.chat import CHAT_TEMPLATE
@@ -39,7 +39,7 @@ def write_model_dir(
         (draft.path / TOKENIZER).write_text(tokenizer_document(), encoding="utf-8")
         (draft.path / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
         if kind == "int8":
-            save_int8_model(quantize_model(model), draft.path)
+            save_quantized_model(quantize_model(model), draft.path)
         else:
             save_model(model, draft.path)
     return directory

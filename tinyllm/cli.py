@@ -284,13 +284,14 @@ def _open(directory: Path) -> "Session":
 def _draft(kind: str, session: "Session", sampling: "SamplingParams") -> "Draft":
     """Return what guesses ahead, or refuse its name."""
     from tinyllm.inference.drafts import LookupDraft, ModelDraft, first_layers
+    from tinyllm.inference.session import QUANTIZED
     from tinyllm.quantization.int8 import quantize_model
 
     model = session.model
     if kind == "lookup":
         return LookupDraft()
-    if kind == "int8" and session.kind == "int8":
-        raise ParamsError("--draft: the model is in INT8 already; take lookup or layers")
+    if kind == "int8" and session.kind in QUANTIZED:
+        raise ParamsError("--draft: the model is quantised already; take lookup or layers")
     if kind == "int8":
         return ModelDraft(quantize_model(model), sampling)
     if kind == "layers":

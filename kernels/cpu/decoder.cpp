@@ -188,7 +188,7 @@ class Pass {
   void multiply(const Weight& w, const Inputs& in, float* y, int64_t y_stride) {
     const int64_t panels = round_up(w.n, kPanel) / kPanel;
     for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
-      isa_.tile(in.q, in.stride, in.scale, r_.n, w, p * kPanel, y + p * kPanel, y_stride);
+      isa_.tile(w)(in.q, in.stride, in.scale, r_.n, w, p * kPanel, y + p * kPanel, y_stride);
   }
 
   // The same in tiles: finish(row, output, tile row) for each row of each panel.
@@ -198,7 +198,7 @@ class Pass {
     for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
       for (int64_t i = 0; i < r_.n; i += kRowsPerTile) {
         const int64_t rows = std::min(kRowsPerTile, r_.n - i), first = p * kPanel;
-        isa_.tile(in.q + i * in.stride, in.stride, in.scale + i, rows, w, first, own_.tile, kPanel);
+        isa_.tile(w)(in.q + i * in.stride, in.stride, in.scale + i, rows, w, first, own_.tile, kPanel);
         for (int64_t j = 0; j < rows; ++j) finish(i + j, first, own_.tile + j * kPanel);
       }
   }
@@ -277,7 +277,7 @@ class Pass {
       for (int64_t i = 0; i < r_.n; ++i) {  // rows that are a sequence's last
         if (!r_.places[i].is_last) continue;
         const int64_t rows = t_.n_tokens == 1 ? r_.n - i : 1;
-        isa_.tile(in.q + i * in.stride, in.stride, in.scale + i, rows, w, p * kPanel,
+        isa_.tile(w)(in.q + i * in.stride, in.stride, in.scale + i, rows, w, p * kPanel,
                   t_.logits + r_.places[i].sequence * w.n + p * kPanel, w.n);
         i += rows - 1;
       }

@@ -84,10 +84,11 @@ int tinyllm_quantize_rows(const float* x, int64_t m, int64_t k, int8_t* q, float
   return 0;
 }
 
-int tinyllm_linear_w8a8(const Weight* weight, const float* x, int64_t m, float* y, int64_t threads) {
+int tinyllm_linear(const Weight* weight, const float* x, int64_t m, float* y, int64_t threads) {
   const Weight& w = *weight;
   if (m < 0 || w.n < 1 || w.k < 1 || w.k > kMaxK || !known(w.isa)) return -1;
   const Isa& isa = *kIsas[w.isa];
+  const Tile tile = isa.tile(w);
   const int64_t stride = round_up(w.k, 64);
   thread_local Scratch scratch;
   auto* q = static_cast<int8_t*>(scratch.reserve(static_cast<size_t>(m * (stride + 4))));
@@ -103,8 +104,8 @@ int tinyllm_linear_w8a8(const Weight* weight, const float* x, int64_t m, float* 
   const int64_t chunks = (m + kRowsPerTask - 1) / kRowsPerTask;
   const auto run_task = [&](int64_t task) {
     const int64_t row = task / panels * kRowsPerTask, first = task % panels * kPanel;
-    isa.tile(q + row * stride, stride, x_scale + row, std::min(kRowsPerTask, m - row), w, first,
-             y + row * w.n + first, w.n);
+    tile(q + row * stride, stride, x_scale + row, std::min(kRowsPerTask, m - row), w, first,
+         y + row * w.n + first, w.n);
   };
 
   const int n_threads = useful_threads(m * w.n * w.k, kWorkPerThread, threads);

@@ -24,6 +24,7 @@ struct Weight {
   const float* scale;       // [ceil(N/16)*16]
   int64_t n, k;
   int64_t isa;              // index in the table of instruction sets
+  int64_t bits;             // 8: as above; 4: `packed` as in w4a8.h, no `offset` and `scale`
 };
 
 // The blocks of the panel that begins at output `first`: 4, fewer in the last one.
@@ -40,6 +41,10 @@ struct CachedHead {
   bool is_bf16;
 };
 
+// Quantised rows times 64 outputs of a weight.
+using Tile = void (*)(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
+                      const Weight& weight, int64_t first, float* y, int64_t y_stride);
+
 // One instruction set.
 struct Isa {
   // Quantise one row: scale = absmax / 127, q[i] = round_half_even(x[i] * (127 / absmax)), both in
@@ -49,10 +54,10 @@ struct Isa {
 
   // y[i][j] = (float(sum_k q[i][k] W[j][k]) * x_scale[i]) * W.scale[j] for `rows` rows and the
   // outputs [first, min(first + kPanel, N)); int32 sums, the products in this order.
-  void (*tile)(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
-               const Weight& weight, int64_t first, float* y, int64_t y_stride);
+  Tile tile_w8;
+  Tile tile_w4;             // the same for weights of 4 bits: w4a8.h
 
-  uint8_t flip;             // how `tile` wants the bytes of q
+  uint8_t flip;             // how both want the bytes of q
 
   // Float steps of decoding, see lanes.h. y = weight * x / sqrt(mean(x^2) + eps), in place if y is x.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
@@ -68,6 +73,9 @@ struct Isa {
 
   // y = gate / (1 + exp(-gate)) * up.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+
+  // What multiplies by this weight; looked up once per panel, outside all loops over inputs.
+  Tile tile(const Weight& weight) const { return weight.bits == 4 ? tile_w4 : tile_w8; }
 };
 
 // Defined in one translation unit each, because each has its own compiler flags. Those units use
@@ -93,6 +101,5 @@ int tinyllm_quantize_rows(const float* x, int64_t m, int64_t k, int8_t* q, float
                           int64_t isa, int64_t threads);
 
 // y [M][N] = dequantise(quantise(x [M][K]) W^T). Uses at most `threads` threads, one for small work.
-int tinyllm_linear_w8a8(const tinyllm::Weight* weight, const float* x, int64_t m, float* y,
-                        int64_t threads);
+int tinyllm_linear(const tinyllm::Weight* weight, const float* x, int64_t m, float* y, int64_t threads);
 }

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "lanes.h"
-#include "w8a8.h"
+#include "w4a8.h"
 
 namespace tinyllm {
 namespace {
@@ -52,6 +52,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 
 }  // namespace
 
-const Isa kScalar = {quantize, tile, 0, rms_norm, add, rotate, attend, swiglu};
+const Isa kScalar = {quantize, tile, tile_w4_scalar, 0, rms_norm, add, rotate, attend, swiglu};
 
 }  // namespace tinyllm

@@ -9,7 +9,7 @@ from tinyllm.artifact import build_artifact
 from tinyllm.errors import ArtifactError, GateError
 from tinyllm.model.directory import save_model
 from tinyllm.ops.reference import bind_linear_w8a8
-from tinyllm.quantization.directory import save_int8_model
+from tinyllm.quantization.directory import save_quantized_model
 from tinyllm.quantization.gate import QuantizeParams, check_gate, rank_kinds
 from tinyllm.quantization.int8 import KINDS, kinds_of, quantize_model
 from tinyllm.quantization.layers import Int8Embedding, Int8Linear
@@ -70,7 +70,7 @@ def test_embedding_looks_up_dequantised_rows():
 
 def test_saved_and_loaded_gives_the_same_logits(model, tmp_path):
     quantized = quantize_model(model)
-    save(quantized, tmp_path / "int8", save_int8_model)
+    save(quantized, tmp_path / "int8", save_quantized_model)
     save(model, tmp_path / "float", save_model)
     with torch.inference_mode():
         assert torch.equal(load_any_model(tmp_path / "int8")(IDS), quantized(IDS))
@@ -81,24 +81,24 @@ def test_saved_and_loaded_gives_the_same_logits(model, tmp_path):
 
 def test_saving_is_deterministic(model, tmp_path):
     for name in ("a", "b"):
-        save(quantize_model(model), tmp_path / name, save_int8_model)
+        save(quantize_model(model), tmp_path / name, save_quantized_model)
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert a == b
 
 
 def test_unknown_format_and_unfit_weights_are_refused(model, tmp_path):
-    def as_int4(model, directory):
+    def as_int3(model, directory):
         save_model(model, directory)
         config = directory / "config.json"
-        config.write_text(config.read_text().replace('"float"', '"int4"'))
+        config.write_text(config.read_text().replace('"float"', '"int3"'))
 
     def float_weights(model, directory):
         save_model(model, directory)
         config = directory / "config.json"
         config.write_text(config.read_text().replace('"float"', '"int8"'))
 
-    save(model, tmp_path / "a", as_int4)
-    with pytest.raises(ArtifactError, match="int4"):
+    save(model, tmp_path / "a", as_int3)
+    with pytest.raises(ArtifactError, match="'int3' weights; this version knows float, int8, int4"):
         load_any_model(tmp_path / "a")
     save(model, tmp_path / "b", float_weights)
     with pytest.raises(ArtifactError, match=r"do not fit config\.json"):
@@ -165,15 +165,16 @@ def test_the_gate_names_the_layers_that_cost(model):
     def evaluate(candidate):
         return 2.0 + sum(costs.get(kind, 0.0) for kind in quantized_kinds(candidate))
 
-    check_gate(model, 2.0, 2.009, 0.005, evaluate)
+    params = QuantizeParams(weight_bits=8, max_bpb_increase_share=0.005, seq_len=8)
+    check_gate(model, 2.0, 2.009, params, evaluate)
     with pytest.raises(GateError, match=r"15\.00%.*down_proj \+10\.00%, v_proj \+5\.00%"):
-        check_gate(model, 2.0, 2.3, 0.005, evaluate)
+        check_gate(model, 2.0, 2.3, params, evaluate)
     with pytest.raises(GateError):
-        check_gate(model, 2.0, float("nan"), 0.005, evaluate)
-    assert [kind for kind, _ in rank_kinds(model, 2.0, evaluate)][:2] == ["down_proj", "v_proj"]
+        check_gate(model, 2.0, float("nan"), params, evaluate)
+    assert [kind for kind, _ in rank_kinds(model, 2.0, 8, evaluate)][:2] == ["down_proj", "v_proj"]
 
 
 def test_params_refuse_values_out_of_range():
-    with pytest.raises(ValueError, match=r"^seq_len: .*\nmax_bpb_increase_share: ") as caught:
-        QuantizeParams(max_bpb_increase_share=-1.0, seq_len=0)
-    assert len(str(caught.value).splitlines()) == 2
+    with pytest.raises(ValueError, match=r"^weight_bits: .*\nseq_len: .*\nmax_bpb") as caught:
+        QuantizeParams(weight_bits=5, max_bpb_increase_share=-1.0, seq_len=0)
+    assert len(str(caught.value).splitlines()) == 3

@@ -16,7 +16,7 @@ from tinyllm.progress import Silent
 from tinyllm.quantization.load import load_any_model
 from tinyllm.shards.writer import EncodeParams, write_split
 
-LIMIT = "quantize:\n  max_bpb_increase_share: {}\n  seq_len: 48\n"
+LIMIT = "quantize:\n  weight_bits: 8\n  max_bpb_increase_share: {}\n  seq_len: 48\n"
 
 
 def make_tokenizer(seed: int) -> None:

@@ -21,6 +21,8 @@ from tinyllm.tokenizer.special import END_OF_TEXT
 from tinyllm.tokenizer.tokenizer import Tokenizer
 
 MERGED = "merged"
+QUANTIZED = ("int8", "int4")
+"""Kinds of artifacts whose weights are no parameters any more."""
 N_DRAFT = 4
 """Guesses per pass of the model."""
 
@@ -33,14 +35,14 @@ class Session:
     tokenizer: Tokenizer
     template: ChatTemplate
     kind: str
-    """The artifact's kind: pretrain, sft, lora, int8."""
+    """The artifact's kind: pretrain, sft, lora, int8, int4."""
     directory: Path
 
     @property
     def description(self) -> str:
         """What it is, in a few words."""
         n_parameters = count_parameters(self.model)
-        size = f", {n_parameters / 1e6:.1f} M parameters" if self.kind != "int8" else ""
+        size = f", {n_parameters / 1e6:.1f} M parameters" if self.kind not in QUANTIZED else ""
         return f"{self.directory}: {self.kind}{size}, context {self.model.config.max_seq_len}"
 
     def continue_text(

@@ -2,13 +2,13 @@
 
 | file                 | what                                                              |
 |----------------------|-------------------------------------------------------------------|
-| config.json          | the sizes and `format`: `float` or `int8`                         |
+| config.json          | the sizes and `format`: `float`, `int8` or `int4`                 |
 | model.safetensors    | the weights                                                       |
 | tokenizer.json       | the tokenizer the model was trained with                          |
 | chat_template.jinja  | how a conversation becomes text                                   |
 | manifest.json        | hashes of the above, lineage                                      |
 
-INT8 directories are loaded by `tinyllm.quantization`, which also knows this form.
+The other formats are loaded by `tinyllm.quantization`, which also knows this form.
 """
 
 import json
@@ -46,7 +46,7 @@ def save_weights(
         state: tensors by name; shared ones may appear under both names.
         config: the sizes.
         directory: an artifact's draft folder.
-        weight_format: `float` or `int8`.
+        weight_format: `float`, `int8` or `int4`.
     """
     if config.tie_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}

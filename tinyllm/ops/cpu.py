@@ -16,7 +16,7 @@ import torch  # before the library is loaded: both then share torch's OpenMP thr
 from torch import Tensor
 
 from tinyllm.errors import TinyllmError
-from tinyllm.ops import build
+from tinyllm.ops import build, int4
 
 ISAS = ("scalar", "avx2", "avx512vnni", "avx512bf16")
 """Instruction sets, slowest first; the position is the number that the library knows."""
@@ -36,6 +36,7 @@ class _Weight(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("isa", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
     )
 
 
@@ -59,7 +60,8 @@ def load() -> tuple[Any, str]:
         *(pointer, integer, integer, pointer, pointer),
         *(integer, integer),
     )
-    library.tinyllm_linear_w8a8.argtypes = (pointer, pointer, integer, pointer, integer)
+    library.tinyllm_pack_w4.argtypes = (pointer, pointer, integer, integer, pointer)
+    library.tinyllm_linear.argtypes = (pointer, pointer, integer, pointer, integer)
     library.tinyllm_decode.argtypes = (pointer, pointer, integer)
     library.tinyllm_large_pages.argtypes = (pointer, integer)
     library.tinyllm_large_pages.restype = None
@@ -123,6 +125,11 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
     return PackedLinear(weight_q, weight_scale)
 
 
+def bind_linear_w4a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Pack a weight; return what `reference.bind_linear_w4a8` returns, equal in every bit."""
+    return PackedLinear(weight_q, weight_scale)
+
+
 class PackedLinear:
     """A packed weight that can be called; everything that can be done once is done here."""
 
@@ -134,21 +141,19 @@ class PackedLinear:
     def __init__(
         self, weight_q: Tensor, weight_scale: Tensor, arena: "Arena | None" = None
     ) -> None:
-        """Pack a weight, into a model's arena if it has one."""
-        n, k = weight_q.shape
-        padded_n, n_bytes = -(-n // LANES) * LANES, packed_bytes(n, k)
+        """Pack a weight, INT8 or (in uint8) 4-bit, into a model's arena if it has one."""
+        (n, columns), bits = weight_q.shape, bits_of(weight_q)
+        k = columns * 8 // bits
+        n_bytes = packed_bytes(n, k, bits)
         packed = aligned_empty(n_bytes) if arena is None else arena.take(n_bytes)
-        offset = torch.empty(padded_n, dtype=torch.int32)
-        scale = torch.zeros(padded_n)
-        scale[:n] = weight_scale
-        library, _ = load()
-        rows = weight_q.contiguous()
-        check(library.tinyllm_pack_w8(rows.data_ptr(), n, k, packed.data_ptr(), offset.data_ptr()))
-        weight = _Weight(packed.data_ptr(), offset.data_ptr(), scale.data_ptr(), n, k, best_isa())
-        self._keep = (packed, offset, scale, weight)  # the library holds bare addresses
+        pack = _pack_w4 if bits == 4 else _pack_w8
+        rest = pack(weight_q.contiguous(), weight_scale, packed)  # what lies beside the numbers
+        addresses = (x.data_ptr() for x in (packed, *rest)) if rest else (packed.data_ptr(), 0, 0)
+        weight = _Weight(*addresses, n, k, best_isa(), bits)
+        self._keep = (packed, *rest, weight)  # the library holds bare addresses
         self.address = ctypes.addressof(weight)
         self._n, self._k, self._threads = n, k, n_threads()
-        self._run = library.tinyllm_linear_w8a8
+        self._run = load()[0].tinyllm_linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's output, (..., N) in x's dtype, for x of shape (..., K)."""
@@ -165,9 +170,37 @@ class PackedLinear:
         return y
 
 
-def packed_bytes(n: int, k: int) -> int:
+def _pack_w8(rows: Tensor, row_scale: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
+    """Write INT8 rows into `packed`; return their offsets and scales, padded."""
+    n, k = rows.shape
+    padded_n = -(-n // LANES) * LANES
+    offset, scale = torch.empty(padded_n, dtype=torch.int32), torch.zeros(padded_n)
+    scale[:n] = row_scale
+    arguments = (rows.data_ptr(), n, k, packed.data_ptr(), offset.data_ptr())
+    check(load()[0].tinyllm_pack_w8(*arguments))
+    return offset, scale
+
+
+def _pack_w4(rows: Tensor, scale: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
+    """Write 4-bit rows and their scales into `packed`; nothing else remains."""
+    n, k = rows.shape[0], 2 * rows.shape[1]
+    scale = scale.contiguous()
+    arguments = (rows.data_ptr(), scale.data_ptr(), n, k, packed.data_ptr())
+    check(load()[0].tinyllm_pack_w4(*arguments))
+    return ()
+
+
+def bits_of(weight_q: Tensor) -> int:
+    """Return the bits of a stored weight: two of 4 share a byte of uint8, 8 are int8."""
+    return 4 if weight_q.dtype is torch.uint8 else 8
+
+
+def packed_bytes(n: int, k: int, bits: int) -> int:
     """Return what N x K weights take when they are packed: a multiple of 64."""
-    return -(-n // LANES) * LANES * (-(-k // GROUP) * GROUP)
+    steps = -(-k // GROUP)
+    if bits == 8:
+        return -(-n // LANES) * LANES * steps * GROUP
+    return -(-n // (2 * LANES)) * LANES * GROUP * (steps + -(-k // int4.GROUP))
 
 
 class Arena:

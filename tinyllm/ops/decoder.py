@@ -1,4 +1,4 @@
-"""Tokens through a whole INT8 transformer in one native call, instead of some forty per block.
+"""Tokens through a whole quantised transformer in one native call, not some forty per block.
 
 A small model decodes at the speed of its calls, not of its arithmetic: an RMSNorm of 256 numbers
 takes 10 us from Python and 0.1 us in C++ (kernels/cpu/decoder.h).
@@ -16,7 +16,7 @@ from torch import Tensor
 from tinyllm.ops import cpu
 
 Weight = tuple[Tensor, Tensor]
-"""INT8 rows (N, K) and their fp32 scales (N,)."""
+"""INT8 rows (N, K) and their fp32 scales (N,), or those of `tinyllm.ops.int4`."""
 CACHED = (torch.float32, torch.bfloat16)
 """What keys and values may be stored as."""
 GATES = 32
@@ -55,9 +55,9 @@ class DecoderWeights:
 
     layers: Sequence[LayerWeights]
     embedding: Weight
-    """V rows of D numbers."""
+    """V rows of D numbers, INT8."""
     head: Weight
-    """V outputs from D inputs."""
+    """V outputs from D inputs, INT8."""
     norm: Tensor
     """(D,), before the head."""
     cosines: Tensor
@@ -126,7 +126,7 @@ class Decoder:
     def __init__(self, weights: DecoderWeights) -> None:
         """Pack the weights; later changes of them have no effect."""
         self._memory: list[object] = []  # the library holds bare addresses
-        self._arena = cpu.Arena(sum(map(_packed_bytes, _matrices(weights))))
+        self._arena = cpu.Arena(_packed_bytes(weights))
         layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers))
         embedding_q, embedding_scale = (x.detach().contiguous() for x in weights.embedding)
         numbers = [_floats(x) for x in (weights.norm, weights.cosines, weights.sines)]
@@ -137,7 +137,7 @@ class Decoder:
             *(ctypes.addressof(layers), self._packed(weights.head)),
             *(embedding_q.data_ptr(), embedding_scale.data_ptr()),
             *(x.data_ptr() for x in numbers),
-            *(len(weights.layers), self._d, weights.layers[0].down[0].shape[1]),
+            *(len(weights.layers), self._d, weights.layers[0].gate[0].shape[0]),
             *(weights.n_heads, weights.n_kv_heads, weights.d_head),
             weights.eps,
         )
@@ -221,25 +221,26 @@ def _gate_up(weights: LayerWeights) -> Weight:
 
     So every panel of 64 outputs holds pairs, and any thread can multiply its pairs at once.
     """
-    (gate, gate_scale), (up, up_scale) = weights.gate, weights.up
-    n_padded = -gate.shape[0] % GATES
-    rows = [torch.nn.functional.pad(x, (0, 0, 0, n_padded)) for x in (gate, up)]
-    scales = [torch.nn.functional.pad(x, (0, n_padded)) for x in (gate_scale, up_scale)]
-    pairs = torch.stack([x.view(-1, GATES, gate.shape[1]) for x in rows], dim=1)
-    pair_scales = torch.stack([x.view(-1, GATES) for x in scales], dim=1)
-    return pairs.flatten(0, 2), pair_scales.flatten()
+    n_padded = -weights.gate[0].shape[0] % GATES
+
+    def in_turns(*parts: Tensor) -> Tensor:
+        padded = [torch.cat((x, x.new_zeros(n_padded, *x.shape[1:]))) for x in parts]
+        turns = [x.view(-1, GATES, *x.shape[1:]) for x in padded]
+        return torch.stack(turns, dim=1).flatten(0, 2)
+
+    rows, scales = zip(weights.gate, weights.up, strict=True)
+    return in_turns(*rows), in_turns(*scales)
 
 
-def _matrices(weights: DecoderWeights) -> list[tuple[int, int]]:
-    """Return the sizes of all packed matrices."""
-    shapes = [tuple(weights.head[0].shape)]
+def _packed_bytes(weights: DecoderWeights) -> int:
+    """Return what all matrices take when they are packed."""
+    matrices = [(weights.head[0].shape[0], weights.head[0])]
     for layer in weights.layers:
         n_pairs = -(-layer.gate[0].shape[0] // GATES) * GATES
-        shapes += [tuple(x[0].shape) for x in (layer.qkv, layer.o, layer.down)]
-        shapes.append((2 * n_pairs, layer.gate[0].shape[1]))
-    return [(n, k) for n, k in shapes]
-
-
-def _packed_bytes(shape: tuple[int, int]) -> int:
-    """Return what a matrix takes when it is packed."""
-    return cpu.packed_bytes(*shape)
+        matrices += [(x[0].shape[0], x[0]) for x in (layer.qkv, layer.o, layer.down)]
+        matrices.append((2 * n_pairs, layer.gate[0]))
+    total = 0
+    for n, rows in matrices:
+        bits = cpu.bits_of(rows)
+        total += cpu.packed_bytes(n, rows.shape[1] * 8 // bits, bits)
+    return total

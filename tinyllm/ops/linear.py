@@ -1,7 +1,8 @@
-"""INT8 arithmetic as callers use it: arguments checked, backend chosen.
+"""INT8 and 4-bit arithmetic as callers use it: arguments checked, backend chosen.
 
 Symmetric INT8: weights have one scale per output, activations one per row (per token), both
-absmax / 127. All backends give the same bits, but for few rows of 16-bit activations on a card
+absmax / 127. Weights of 4 bits have one scale per output and 32 inputs (`tinyllm.ops.int4`). All
+backends give the same bits, but for few rows of 16-bit activations on a card
 (`cuda.bind_linear_w8a8`). Dimensions: M rows, N outputs, K inputs.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinyllm.ops.int4 import GROUP
 from tinyllm.ops.reference import MAX_K
 from tinyllm.ops.registry import select
 
@@ -62,6 +64,32 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
     if bool((weight_q == -128).any()):
         raise ValueError("weight_q has -128; symmetric INT8 ends at -127")
     bound: Callable[[Tensor], Tensor] = select("linear_w8a8", weight_q).function(
+        weight_q, weight_scale
+    )
+    return bound
+
+
+def bind_linear_w4a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Do what `bind_linear_w8a8` does for weights of 4 bits; see `reference.bind_linear_w4a8`.
+
+    Args:
+        weight_q: (N, K / 2), uint8, two numbers in a byte.
+        weight_scale: (N, ceil(K / 32)), bf16.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or K is beyond what the native code has room for.
+    """
+    if weight_q.dtype != torch.uint8 or weight_q.dim() != 2 or weight_q.numel() == 0:
+        raise ValueError(f"weight_q must be a matrix of uint8, got {_show(weight_q)}")
+    n, k = weight_q.shape[0], 2 * weight_q.shape[1]
+    if weight_scale.dtype != torch.bfloat16 or weight_scale.shape != (n, -(-k // GROUP)):
+        raise ValueError(
+            f"weight_scale must be bf16, one per output and {GROUP} inputs, got"
+            f" {_show(weight_scale)} for {n} outputs of {k} inputs"
+        )
+    if k > MAX_K:
+        raise ValueError(f"K = {k} is too large; at most {MAX_K}")
+    bound: Callable[[Tensor], Tensor] = select("linear_w4a8", weight_q).function(
         weight_q, weight_scale
     )
     return bound

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tinyllm.ops.int4 import GROUP, unpack
+
 MAX_K = 65536
 """Most inputs of a linear layer: K * 255 * 127 < 2^31 keeps every int32 sum from overflowing."""
 TINY_ABSMAX = 2.0**-100
@@ -57,6 +59,30 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
         q, scale = quantize_per_row(x)
         sums = (q.double() @ weight_KN).to(torch.int32)
         return (sums.float() * scale[..., None] * weight_scale).to(x.dtype)
+
+    return linear
+
+
+def bind_linear_w4a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return x -> y = (sum_g (sum_{k in g} q_x q_w) * scale_w[g]) * scale_x.
+
+    Sums within a group g of 32 inputs are whole numbers below 2^24, so exact in fp32; those over
+    groups are taken in fp32 in rising order, product and sum rounded one after the other.
+
+    Args:
+        weight_q: (N, K / 2), uint8 as in `tinyllm.ops.int4`.
+        weight_scale: (N, ceil(K / 32)), bf16.
+    """
+    groups_KN = torch.split(unpack(weight_q).float().T, GROUP)
+    scales_GN = weight_scale.float().T
+
+    def linear(x: Tensor) -> Tensor:
+        q, scale = quantize_per_row(x)
+        y = torch.zeros(*x.shape[:-1], weight_q.shape[0], device=x.device)
+        parts = torch.split(q.float(), GROUP, dim=-1)
+        for part, group_KN, scale_N in zip(parts, groups_KN, scales_GN, strict=True):
+            y = y + (part @ group_KN) * scale_N
+        return (y * scale[..., None]).to(x.dtype)
 
     return linear
 

@@ -90,6 +90,12 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
             backend="reference", function=reference.bind_linear_w8a8, refuses=_takes_all
         ),
     ),
+    "linear_w4a8": (
+        Implementation(backend="cpu", function=cpu.bind_linear_w4a8, refuses=_cpu_refuses),
+        Implementation(
+            backend="reference", function=reference.bind_linear_w4a8, refuses=_takes_all
+        ),
+    ),
     "decoder": (
         Implementation(backend="cpu", function=decoder.Decoder, refuses=_cpu_refuses),
         Implementation(backend="reference", function=decoder.no_decoder, refuses=_takes_all),

@@ -1,1 +1,1 @@
-"""INT8 weights and activations: conversion, loading and error measures."""
+"""INT8 and 4-bit weights, INT8 activations: conversion, loading and error measures."""

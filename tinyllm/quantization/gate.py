@@ -1,4 +1,4 @@
-"""The promise that INT8 costs next to nothing, and who broke it when it is not kept."""
+"""The promise that quantisation costs next to nothing, and who broke it when it is not kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from tinyllm.quantization.int8 import kinds_of, quantize_model
 class QuantizeParams:
     """The `quantize` section of params.yaml."""
 
+    weight_bits: int
+    """Of the layers in the blocks: 8, or 4 (docs/int4.md); embedding and head have 8."""
     max_bpb_increase_share: float
     """Gate: val_bpb may rise by this share of its value before; more fails the stage."""
     seq_len: int
@@ -20,6 +22,8 @@ class QuantizeParams:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         problems = []
+        if self.weight_bits not in (4, 8):
+            problems.append(f"weight_bits: must be 8 or 4, got {self.weight_bits}")
         if self.seq_len < 1:
             problems.append(f"seq_len: must be at least 1, got {self.seq_len}")
         if not self.max_bpb_increase_share >= 0:
@@ -34,42 +38,46 @@ def check_gate(
     model: Transformer,
     before_bpb: float,
     after_bpb: float,
-    limit_share: float,
+    params: QuantizeParams,
     evaluate_bpb: Callable[[Transformer], float],
 ) -> None:
-    """Refuse an INT8 model whose val_bpb rose too much, naming the layers that cost it.
+    """Refuse a quantised model whose val_bpb rose too much, naming the layers that cost it.
 
     Args:
         model: in floating point.
         before_bpb: its val_bpb.
-        after_bpb: of the INT8 model.
-        limit_share: largest rise allowed, as a share of `before_bpb`.
+        after_bpb: of the quantised model.
+        params: what was asked for and may be lost.
         evaluate_bpb: measures a model; called once per kind of layer, only if the gate is broken.
 
     Raises:
         GateError: the rise is above the limit, or not a number.
     """
     rise = (after_bpb - before_bpb) / before_bpb
-    if rise <= limit_share:
+    if rise <= params.max_bpb_increase_share:
         return
-    costs = rank_kinds(model, before_bpb, evaluate_bpb)
+    costs = rank_kinds(model, before_bpb, params.weight_bits, evaluate_bpb)
     worst = ", ".join(f"{kind} {share:+.2%}" for kind, share in costs[:3])
     raise GateError(
         f"quantize: val_bpb rises by {rise:.2%}, from {before_bpb:.4f} to {after_bpb:.4f}; allowed"
-        f" are {limit_share:.2%} (quantize.max_bpb_increase_share); alone these cost: {worst};"
-        " train longer or raise the limit"
+        f" are {params.max_bpb_increase_share:.2%} (quantize.max_bpb_increase_share); alone these"
+        f" cost: {worst}; train longer or raise the limit"
+        + (", or set quantize.weight_bits: 8" if params.weight_bits == 4 else "")
     )
 
 
 def rank_kinds(
-    model: Transformer, before_bpb: float, evaluate_bpb: Callable[[Transformer], float]
+    model: Transformer,
+    before_bpb: float,
+    weight_bits: int,
+    evaluate_bpb: Callable[[Transformer], float],
 ) -> list[tuple[str, float]]:
-    """Return each kind of layer with the rise of val_bpb when it alone is in INT8, worst first.
+    """Return each kind of layer with the rise of val_bpb when it alone is quantised, worst first.
 
     The rise is a share of `before_bpb`; one that is not a number ranks first.
     """
     costs = [
-        (kind, (evaluate_bpb(quantize_model(model, {kind})) - before_bpb) / before_bpb)
+        (kind, evaluate_bpb(quantize_model(model, {kind}, weight_bits)) / before_bpb - 1)
         for kind in kinds_of(model)
     ]
     return sorted(costs, key=lambda cost: cost[1] if cost[1] == cost[1] else float("inf"))[::-1]

@@ -1,4 +1,4 @@
-"""A model with its matrices in INT8, made from one in floating point or empty for loading."""
+"""A model with its matrices in INT8 or 4 bits, made from a float one or empty for loading."""
 
 import copy
 from collections.abc import Collection
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tinyllm.errors import DataError
 from tinyllm.model.transformer import Transformer
+from tinyllm.ops.int4 import quantize_groups
 from tinyllm.ops.linear import quantize_per_row
-from tinyllm.quantization.layers import Int8Embedding, Int8Linear
+from tinyllm.quantization.layers import Int4Linear, Int8Embedding, Int8Linear
 from tinyllm.quantization.transformer import Int8Transformer
 
 KINDS = (
@@ -23,8 +24,14 @@ KINDS = (
 Latent attention's kv_b_proj is not among them: decoding absorbs it into queries and outputs.
 """
 
+ALWAYS_INT8 = ("embed_tokens", "lm_head")
+"""What stays INT8 beside 4-bit layers: with a head in 4 bits the shipped model's val_bpb rose by
+0.19 instead of 0.03 %."""
 
-def quantize_model(model: Transformer, kinds: Collection[str] = KINDS) -> Transformer:
+
+def quantize_model(
+    model: Transformer, kinds: Collection[str] = KINDS, weight_bits: int = 8
+) -> Transformer:
     """Return a copy of a model with its matrices in INT8; the model itself stays as it is.
 
     A tied matrix is stored once and serves the embedding and the head, if both are quantised.
@@ -32,19 +39,25 @@ def quantize_model(model: Transformer, kinds: Collection[str] = KINDS) -> Transf
     Args:
         model: in floating point, on any device.
         kinds: which of `KINDS`; the rest stays in floating point.
+        weight_bits: 8, or 4 for all but `ALWAYS_INT8`.
 
     Raises:
-        DataError: its linear layers have a bias, which INT8 layers lack.
+        DataError: its linear layers have a bias, which INT8 layers lack, or, for 4 bits, an odd
+            number of inputs.
     """
     if model.config.bias:
         raise DataError("quantize: INT8 layers have no bias; train with model.bias: false")
+    if weight_bits == 4:
+        _check_inputs(model)
     quantized = copy.deepcopy(model).eval().requires_grad_(False)
     done: dict[int, tuple[Tensor, Tensor]] = {}
     for parent, name, layer in _layers(quantized):
         if name in kinds:
             shared = layer.weight.data_ptr()
             if shared not in done:
-                done[shared] = quantize_per_row(layer.weight.detach())
+                in_int4 = weight_bits == 4 and name not in ALWAYS_INT8
+                quantize = quantize_groups if in_int4 else quantize_per_row
+                done[shared] = quantize(layer.weight.detach())
             _replace(parent, name, layer, *done[shared])
     return Int8Transformer(quantized)
 
@@ -55,18 +68,37 @@ def kinds_of(model: nn.Module) -> list[str]:
     return [kind for kind in KINDS if kind in present]
 
 
-def empty_int8_model(model: Transformer) -> Transformer:
-    """Return the model with every matrix replaced by an INT8 one of zeros, to be filled by loading.
+def empty_quantized_model(model: Transformer, weight_bits: int) -> Transformer:
+    """Return the model with every matrix replaced by a quantised one, to be filled by loading.
 
     Args:
-        model: changed in place.
+        model: changed in place; its numbers are of no importance.
+        weight_bits: as in `quantize_model`.
+
+    Raises:
+        DataError: as in `quantize_model`.
     """
+    if weight_bits == 4:
+        _check_inputs(model)
     done: dict[int, tuple[Tensor, Tensor]] = {}
     for parent, name, layer in _layers(model):
         n, k = layer.weight.shape
-        fresh = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
+        if weight_bits == 4 and name not in ALWAYS_INT8:
+            fresh = quantize_groups(torch.zeros(n, k))
+        else:
+            fresh = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
         _replace(parent, name, layer, *done.setdefault(layer.weight.data_ptr(), fresh))
     return Int8Transformer(model.requires_grad_(False))
+
+
+def _check_inputs(model: nn.Module) -> None:
+    """Refuse layers that 4 bits cannot hold two inputs to a byte of."""
+    for _, name, layer in _layers(model):
+        if name not in ALWAYS_INT8 and layer.weight.shape[1] % 2:
+            raise DataError(
+                f"quantize: 4-bit layers want an even number of inputs, {name} has"
+                f" {layer.weight.shape[1]}; set quantize.weight_bits: 8 or change model.d_ff"
+            )
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
@@ -80,6 +112,8 @@ def _layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 
 def _replace(parent: nn.Module, name: str, layer: Any, weight_q: Tensor, scale: Tensor) -> None:
-    """Put the INT8 layer in the place of the other."""
-    kind = Int8Embedding if isinstance(layer, nn.Embedding) else Int8Linear
+    """Put the quantised layer in the place of the other."""
+    kind: type[nn.Module] = Int4Linear if weight_q.dtype is torch.uint8 else Int8Linear
+    if isinstance(layer, nn.Embedding):
+        kind = Int8Embedding
     parent.add_module(name, kind(weight_q, scale))

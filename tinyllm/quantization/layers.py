@@ -1,15 +1,17 @@
-"""INT8 layers that stand in for `nn.Linear` and `nn.Embedding`.
+"""INT8 and 4-bit layers that stand in for `nn.Linear` and `nn.Embedding`.
 
-Weights have one scale per output row, activations one per token; the arithmetic is that of
-`tinyllm.ops.linear`. Inference only. Dimensions: N outputs, K inputs, V vocabulary, D width.
+Weights have one scale per output row, those of 4 bits one per 32 of its inputs, activations one per
+token; the arithmetic is that of `tinyllm.ops.linear`. Inference only. Dimensions: N outputs,
+K inputs, V vocabulary, D width.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tinyllm.ops.linear import bind_linear_w8a8
+from tinyllm.ops.linear import bind_linear_w4a8, bind_linear_w8a8
 
 
 class Prepared(nn.Module):
@@ -49,6 +51,27 @@ class Int8Linear(Prepared):
         """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
         if self._prepared is None:
             self._prepared = bind_linear_w8a8(self.weight_q, self.weight_scale.float())
+        y: Tensor = self._prepared(x)
+        return y
+
+
+class Int4Linear(Prepared):
+    """y = x W^T without bias, on 4-bit weights and INT8 activations."""
+
+    weight_q: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight_q: Tensor, weight_scale: Tensor) -> None:
+        """Take numbers (N, K / 2) and scales (N, ceil(K / 32)) of `tinyllm.ops.int4`."""
+        super().__init__()
+        self.register_buffer("weight_q", weight_q)
+        self.register_buffer("weight_scale", weight_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
+        if self._prepared is None:
+            scale = self.weight_scale.to(torch.bfloat16)
+            self._prepared = bind_linear_w4a8(self.weight_q, scale)
         y: Tensor = self._prepared(x)
         return y
 

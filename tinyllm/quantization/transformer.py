@@ -1,4 +1,4 @@
-"""An INT8 transformer that fills a cache in one native call, where the machine and the sizes allow.
+"""A quantised transformer that fills a cache in one native call, where machine and sizes allow.
 
 Everything else (no cache, another device, latent attention) runs layer by layer, as in
 `tinyllm.model.transformer.Transformer`. Both ways do the same arithmetic; sums of floats are taken
@@ -17,7 +17,7 @@ from tinyllm.model.norm import RMSNorm
 from tinyllm.model.transformer import Block, Cache, Transformer
 from tinyllm.ops.decoder import CACHED, Decoder, DecoderWeights, LayerWeights, Room
 from tinyllm.ops.registry import select
-from tinyllm.quantization.layers import Int8Embedding, Int8Linear, Prepared
+from tinyllm.quantization.layers import Int4Linear, Int8Embedding, Int8Linear, Prepared
 
 NOT_HERE = "layer by layer"
 
@@ -35,7 +35,7 @@ class RoomyCache(Protocol):
 
 
 class Int8Transformer(Prepared, Transformer):
-    """A `Transformer` whose matrices are INT8."""
+    """A `Transformer` whose matrices are INT8, those of the blocks perhaps of 4 bits."""
 
     def __init__(self, model: Transformer) -> None:
         """Take over the parts of a model."""
@@ -74,7 +74,7 @@ class Int8Transformer(Prepared, Transformer):
 
 
 def is_standard(model: Transformer) -> bool:
-    """Whether a model is of the kind that `Decoder` knows: INT8 throughout, the rest fp32."""
+    """Whether a model is of the kind that `Decoder` knows: matrices quantised, the rest fp32."""
     return (
         isinstance(model.embed_tokens, Int8Embedding)
         and isinstance(model.lm_head, Int8Linear)
@@ -93,7 +93,7 @@ def _is_standard(block: Block) -> bool:
     layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     layers += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return (
-        all(isinstance(layer, Int8Linear) for layer in layers)
+        any(all(isinstance(layer, kind) for layer in layers) for kind in (Int8Linear, Int4Linear))
         and attention.rotates
         and isinstance(block.input_layernorm, RMSNorm)
     )
@@ -135,7 +135,7 @@ def _layer_weights(block: Block) -> LayerWeights:
 
 
 def _rows(*layers: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the weights of INT8 layers one below the other, with their scales."""
+    """Return the weights of quantised layers one below the other, with their scales."""
     parts = [layer.get_buffer("weight_q") for layer in layers]
     scales = [layer.get_buffer("weight_scale") for layer in layers]
     return (parts[0], scales[0]) if len(parts) == 1 else (torch.cat(parts), torch.cat(scales))
