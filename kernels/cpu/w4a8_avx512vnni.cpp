@@ -83,7 +83,7 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
                 : _mm512_slli_epi32(both, 16));
 #pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r)
-        totals[r][b] = _mm512_add_ps(totals[r][b], _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][b]), scale));
+        totals[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][b]), scale, totals[r][b]);
     }
   }
 #pragma GCC unroll 4

@@ -1,4 +1,4 @@
-"""A whole INT8 transformer in one native call, against the same model written down in fp64."""
+"""A whole quantised transformer in one native call, against the same model written down in fp64."""
 
 import math
 import os
@@ -10,6 +10,7 @@ from instruction_sets import isa_fixture
 
 from tinyllm.ops import cpu
 from tinyllm.ops.decoder import Decoder, DecoderWeights, LayerWeights, Room
+from tinyllm.ops.int4 import dequantize_groups, quantize_groups
 from tinyllm.ops.reference import quantize_per_row
 
 EPS, V = 1e-6, 70
@@ -24,11 +25,14 @@ def native():
         pytest.skip(f"no native kernels here: {cpu.load()[1]}")
 
 
-def weights(d=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, qk_norm=True, window=0, seed=0):
+def weights(
+    d=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, qk_norm=True, window=0, seed=0, bits=8
+):
     generator = torch.Generator().manual_seed(seed)
 
-    def matrix(n, k):
-        return quantize_per_row(torch.randn(n, k, generator=generator) / math.sqrt(k))
+    def matrix(n, k, bits=bits):
+        quantize = quantize_groups if bits == 4 else quantize_per_row
+        return quantize(torch.randn(n, k, generator=generator) / math.sqrt(k))
 
     def norm(n):
         return 0.5 + torch.rand(n, generator=generator)
@@ -51,7 +55,7 @@ def weights(d=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, qk_norm=True, wind
     return DecoderWeights(
         layers=[layer() for _ in range(2)],
         embedding=quantize_per_row(torch.randn(V, d, generator=generator)),
-        head=matrix(V, d),
+        head=matrix(V, d, 8),
         norm=norm(d),
         cosines=angles.cos(),
         sines=angles.sin(),
@@ -69,6 +73,8 @@ def rms_norm(x, weight):
 def linear(x, weight):
     """Inputs rounded to INT8 as ours are, everything else exact."""
     q, scale = quantize_per_row(x.float())
+    if weight[0].dtype is torch.uint8:
+        return q.double() @ dequantize_groups(*weight).double().T * scale[..., None].double()
     return (q.double() @ weight[0].double().T) * scale[..., None].double() * weight[1].double()
 
 
@@ -122,6 +128,8 @@ CASES = [
     {"d_head": 32, "d": 96, "n_kv_heads": 1, "d_ff": 64},
     {"d_head": 64, "d": 130, "n_heads": 3, "n_kv_heads": 3, "d_ff": 33},
     {"window": 5, "d_head": 42},
+    {"bits": 4},
+    {"bits": 4, "d_head": 22, "d": 66, "n_heads": 3, "n_kv_heads": 3, "d_ff": 38},
 ]
 
 
@@ -139,9 +147,10 @@ def test_equals_the_model_by_hand(isa, case, stored):
     torch.testing.assert_close(last, logits[-1], **close)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_parts_batches_and_threads_do_not_change_a_bit(native, monkeypatch, stored):
-    w = weights(d=64, d_head=16, d_ff=176)
+def test_parts_batches_and_threads_do_not_change_a_bit(native, monkeypatch, stored, bits):
+    w = weights(d=64, d_head=16, d_ff=176, bits=bits)
     ids = tokens(3, 200)  # more rows than go through the layers together
     whole = Decoder(w).hidden(ids, room(w, 3, dtype=stored))
     for n_threads in ("1", "2", "3"):
@@ -173,8 +182,9 @@ def test_sequences_of_different_lengths_go_together(native):
     assert torch.equal(decoder.logits(next_ids, at), torch.cat(expected))
 
 
-def test_every_instruction_set_gives_the_same_bits(native, monkeypatch):
-    w, ids, outputs = weights(d=96, d_head=24, d_ff=96), tokens(1, 60), []
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_instruction_set_gives_the_same_bits(native, monkeypatch, bits):
+    w, ids, outputs = weights(d=96, d_head=24, d_ff=96, bits=bits), tokens(1, 60), []
     for number, name in enumerate(cpu.ISAS):
         if cpu.load()[0].tinyllm_isa_supported(number):
             monkeypatch.setenv("TINYLLM_CPU_ISA", name)

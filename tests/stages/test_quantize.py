@@ -10,7 +10,7 @@ from tiny_text import made_up_text, tiny_tokenizer
 from stages.quantize import quantize
 from tinyllm import paths
 from tinyllm.artifact import build_artifact, file_sha256, load_manifest, verify_files
-from tinyllm.errors import GateError, LineageError
+from tinyllm.errors import GateError, LineageError, ParamsError
 from tinyllm.model.directory import load_config, save_model
 from tinyllm.progress import Silent
 from tinyllm.quantization.load import load_any_model
@@ -78,6 +78,24 @@ def test_the_artifact_and_the_report(pipeline):
     with torch.inference_mode():
         exact, logits = (load_any_model(p)(ids) for p in (paths.LORA_MERGED, paths.INT8))
     assert (logits - exact).norm() / exact.norm() < 0.1
+
+
+def test_four_bits_by_one_knob(pipeline):
+    text = LIMIT.format(0.5).replace("weight_bits: 8", "weight_bits: 4")
+    paths.PARAMS.write_text(text)
+    quantize()
+    manifest = load_manifest(paths.INT8, "int4")
+    assert manifest.config["weight_bits"] == 4
+    assert load_config(paths.INT8)[1] == "int4"
+    metrics = json.loads(Path("reports/quantize/metrics.json").read_text())["quantize"]
+    assert 16 < metrics["layers"]["down_proj"]["sqnr_db"] < 26
+    assert 30 < metrics["layers"]["lm_head"]["sqnr_db"] < 50
+    with torch.inference_mode():
+        assert load_any_model(paths.INT8)(torch.arange(30)[None]).isfinite().all()
+    shutil.rmtree(paths.INT8)
+    paths.PARAMS.write_text(text.replace("0.5", "0.0").replace("bits: 4", "bits: 3"))
+    with pytest.raises(ParamsError, match=r"quantize.*weight_bits: must be 8 or 4, got 3"):
+        quantize()
 
 
 def test_same_inputs_give_the_same_bytes(pipeline):
