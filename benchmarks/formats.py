@@ -2,8 +2,8 @@
 
     python benchmarks/formats.py [--models data/models] [--tokens-from data/tokens]
 
-W8A16 has INT8 weights and bf16 activations, W8A8 both in INT8: the model that is shipped. The
-rows with a cache let every window pass through one. fp32 is the model before quantisation.
+W8A16 has INT8 weights and bf16 activations, W8A8 both in INT8: the model that is shipped. W4A8 has
+4-bit weights in the blocks (docs/int4.md). The rows with a cache let every window pass through one. fp32 is the model before quantisation.
 The last line is one JSON object. `--quick` ends within 50 s.
 """
 
@@ -82,6 +82,7 @@ def main() -> None:
         "W8A8": lambda: int8,
         "W8A8, fp32 cache": lambda: Cached(int8, torch.float32),
         "W8A8, bf16 cache": lambda: Cached(int8, torch.bfloat16),
+        "W4A8": lambda: quantize_model(model, weight_bits=4),
         "W8A16": lambda: with_dequantized_weights(model),
         "bf16": lambda: model.bfloat16(),  # last: in place
     }
