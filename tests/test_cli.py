@@ -220,9 +220,9 @@ def test_plan_tells_what_the_shipped_run_costs(run, monkeypatch):
 def test_the_options_are_frozen():
     """A knob belongs into params.yaml, where DVC sees it; these are settings of one call."""
     sampling = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
-    sampling |= {"max_tokens", "model_dir"}
+    sampling |= {"max_tokens", "model_dir", "cache"}
     serving = {"model_dir", "host", "port", "system", "slots", "queue", "chunk_tokens"}
-    serving |= {"max_tokens", "max_seconds", "max_body_bytes", "grace_seconds"}
+    serving |= {"max_tokens", "max_seconds", "max_body_bytes", "grace_seconds", "cache"}
     options = {
         command.callback.__name__: set(command.callback.__annotations__) - {"return"}
         for command in app.registered_commands

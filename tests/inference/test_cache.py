@@ -50,12 +50,11 @@ def test_bf16_cache_is_close_and_half_the_size():
     assert sizes == [2 * 2 * 2 * 8 * 24 * 4, 2 * 2 * 2 * 8 * 24 * 2]
 
 
-def test_stored_bytes_are_as_told():
-    cache = KVCache(tiny_config(), 3, 16, torch.float32, "cpu")
-    stored = sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer._k, layer._v)
-    )
-    assert stored == KVCache.n_bytes(tiny_config(), 3, 16, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_stored_bytes_are_as_told(dtype):
+    cache = KVCache(tiny_config(), 3, 16, dtype, "cpu")
+    tensors = [t for layer in cache.layers for part in layer.memory for t in part.tensors]
+    assert sum(t.nbytes for t in tensors) == KVCache.n_bytes(tiny_config(), 3, 16, dtype)
 
 
 def test_plan_makes_no_mask_where_none_is_needed():
