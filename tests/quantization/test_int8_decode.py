@@ -28,18 +28,21 @@ def cached_logits(model, ids, batch=1, dtype=torch.float32):
     return torch.cat(rows, dim=1)
 
 
-def test_one_native_call_equals_layer_by_layer(model, monkeypatch):
+@pytest.mark.parametrize("stored", [torch.float32, torch.int8])
+def test_one_native_call_equals_layer_by_layer(model, monkeypatch, stored):
     if cpu.load()[0] is None:
         pytest.skip("no native kernels here")
     ids = [*PROMPT, *range(40, 70)]
-    native = cached_logits(model, ids)
+    native = cached_logits(model, ids, dtype=stored)
     assert isinstance(model._prepared, Decoder)
     plain = copy.deepcopy(model)  # with nothing prepared
     monkeypatch.setenv("TINYLLM_KERNELS", "reference")
-    layered = cached_logits(plain, ids)
+    layered = cached_logits(plain, ids, dtype=stored)
     assert plain._prepared == NOT_HERE
-    # The same up to fp32 rounding, but where an activation rounds to the next of 254 steps.
+    # The same up to fp32 rounding, but where a number rounds to the next of 254 steps.
     assert (native - layered).norm() / layered.norm() < 5e-3
+    if stored is torch.int8:
+        return
     with torch.inference_mode():
         full = plain(torch.tensor([ids]))[:, 5:]
     assert (native - full).norm() / full.norm() < 5e-3
@@ -64,7 +67,7 @@ def test_slots_and_batches_give_the_same_bits_as_one_sequence(model):
 def test_narrow_caches_work(model):
     ids = [*PROMPT, 7, 8, 9]
     one = cached_logits(model, ids)
-    for dtype in (torch.bfloat16, torch.float16):  # the second one layer by layer
+    for dtype in (torch.bfloat16, torch.int8, torch.float16):  # the last one layer by layer
         narrow = cached_logits(model, ids, dtype=dtype)
         assert (narrow - one).norm() / one.norm() < 0.05
 

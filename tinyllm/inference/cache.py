@@ -54,7 +54,7 @@ class KVCache:
             config: the model's sizes.
             batch_size: rows.
             max_len: positions per row.
-            dtype: of the stored values; narrower than the model's takes less memory. INT8: `Stored`.
+            dtype: of the stored values; narrower than the model's takes less memory.
             device: where the model is.
 
         Raises:

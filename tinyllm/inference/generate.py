@@ -131,8 +131,8 @@ def compute_dtype(model: Transformer) -> torch.dtype:
 def cache_dtype(model: Transformer) -> torch.dtype:
     """Return what a model's keys and values are stored as.
 
-    What its `cache_dtype` says, else `compute_dtype`, but bf16 beside INT8: in fp32 they are a tenth
-    of what a token of an INT8 model reads. docs/int8.md has the cost of each.
+    What its `cache_dtype` says, else `compute_dtype`, but bf16 beside INT8: in fp32 they are a
+    tenth of what a token of an INT8 model reads. docs/int8.md has the cost of each.
     """
     if model.cache_dtype is not None:
         return model.cache_dtype

@@ -1,7 +1,7 @@
 """Keys or values as a cache holds them: in a float format, or in INT8 with scales.
 
-INT8 is `ops.reference.quantize_per_row` of a head's K numbers at a position, with one fp32 scale: half
-of bf16's bytes and 4 / K more. A position is quantised when it is stored and its neighbours play no
+INT8 is `ops.reference.quantize_per_row` of a head's K numbers at a position, with one fp32 scale:
+K + 4 bytes where bf16 has 2 K. A position is quantised when it is stored and its neighbours play no
 part, so a prompt at once, in parts or token by token leaves the same bytes.
 """
 
