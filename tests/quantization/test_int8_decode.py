@@ -64,6 +64,22 @@ def test_slots_and_batches_give_the_same_bits_as_one_sequence(model):
     assert torch.equal(logits[2], one[0, 2])
 
 
+@torch.inference_mode()
+def test_both_ways_leave_the_same_int8_cache(model, monkeypatch):
+    """A cache that one way filled may be read by the other."""
+    if cpu.load()[0] is None:
+        pytest.skip("no native kernels here")
+    native, layered = (KVCache(model.config, 1, 48, torch.int8, "cpu") for _ in range(2))
+    model.hidden(torch.tensor([PROMPT]), cache=native)
+    assert isinstance(model._prepared, Decoder)
+    monkeypatch.setenv("TINYLLM_KERNELS", "reference")
+    copy.deepcopy(model).hidden(torch.tensor([PROMPT]), cache=layered)
+    for kept, expected in zip(native.memory(), layered.memory(), strict=True):
+        for one, other in zip(kept, expected, strict=True):
+            numbers, close = other.to(torch.float32), one.to(torch.float32)
+            assert (close - numbers).norm() / numbers.norm() < 5e-3
+
+
 def test_narrow_caches_work(model):
     ids = [*PROMPT, 7, 8, 9]
     one = cached_logits(model, ids)
