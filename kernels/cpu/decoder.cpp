@@ -224,12 +224,18 @@ class Pass {
     return layer * t_.layer_stride + r_.places[row].sequence * t_.sequence_stride + group * t_.head_stride;
   }
 
-  void store(void* cache, int64_t offset, const float* x) const {
-    if (t_.is_bf16) {
-      auto* to = static_cast<uint16_t*>(cache) + offset;
-      for (int64_t i = 0; i < m_.d_head; ++i) to[i] = to_bf16(x[i]);
-    } else {
-      std::memcpy(static_cast<float*>(cache) + offset, x, static_cast<size_t>(m_.d_head) * sizeof(float));
+  void store(void* cache, float* scale, int64_t offset, const float* x) const {
+    switch (t_.stored) {
+      case Stored::kFloat:
+        std::memcpy(static_cast<float*>(cache) + offset, x, static_cast<size_t>(m_.d_head) * sizeof(float));
+        return;
+      case Stored::kBf16: {
+        auto* to = static_cast<uint16_t*>(cache) + offset;
+        for (int64_t i = 0; i < m_.d_head; ++i) to[i] = to_bf16(x[i]);
+        return;
+      }
+      case Stored::kInt8:
+        scale[offset / t_.position_stride] = isa_.quantize(x, m_.d_head, static_cast<int8_t*>(cache) + offset, 0);
     }
   }
 
@@ -248,7 +254,7 @@ class Pass {
       }
       if (key < 0) return;
       const int64_t offset = cache_offset(l, row, value < 0 ? key : value) + position * t_.position_stride;
-      store(value < 0 ? t_.keys : t_.values, offset, x);
+      store(value < 0 ? t_.keys : t_.values, value < 0 ? t_.key_scale : t_.value_scale, offset, x);
     });
   }
 
@@ -260,10 +266,12 @@ class Pass {
       const int64_t n_keys = r_.places[row].position + 1;
       const int64_t skipped = layer.window > 0 ? std::max<int64_t>(0, n_keys - layer.window) : 0;
       const int64_t offset = cache_offset(l, row, head / group) + skipped * t_.position_stride;
-      const int64_t bytes = t_.is_bf16 ? 2 : 4;
+      const int64_t bytes = t_.stored == Stored::kFloat ? 4 : t_.stored == Stored::kBf16 ? 2 : 1;
+      const int64_t first = t_.stored == Stored::kInt8 ? offset / t_.position_stride : 0;
       const CachedHead cached = {static_cast<const char*>(t_.keys) + offset * bytes,
                                  static_cast<const char*>(t_.values) + offset * bytes,
-                                 t_.position_stride, n_keys - skipped, t_.is_bf16 != 0};
+                                 t_.key_scale + first, t_.value_scale + first,
+                                 t_.position_stride, n_keys - skipped, t_.stored};
       isa_.attend(r_.qkv + row * r_.n_qkv + head * m_.d_head, cached, m_.d_head, own_.scores,
                   r_.attended + (row * m_.n_heads + head) * m_.d_head);
     });
