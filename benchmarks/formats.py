@@ -2,8 +2,9 @@
 
     python benchmarks/formats.py [--models data/models] [--tokens-from data/tokens]
 
-W8A16 has INT8 weights and bf16 activations, W8A8 both in INT8: the model that is shipped. W4A8 has
-4-bit weights in the blocks (docs/int4.md). The rows with a cache let every window pass through one. fp32 is the model before quantisation.
+W8A16 has INT8 weights and bf16 activations, W8A8 both in INT8. W4A8 has 4-bit weights in the blocks,
+rounded by the training text as the stage does. The rows with a cache let every window pass through
+one. fp32 is the model before quantisation.
 The last line is one JSON object. `--quick` ends within 50 s.
 """
 
@@ -20,12 +21,15 @@ from tinyllm.evaluation.loss import TokenPart, evaluate_stream
 from tinyllm.inference.cache import KVCache
 from tinyllm.model.directory import load_model
 from tinyllm.model.transformer import Transformer
+from tinyllm.ops.reference import hadamard
+from tinyllm.quantization.calibration import read_windows
 from tinyllm.quantization.int8 import quantize_model
-from tinyllm.quantization.layers import Int8Embedding, Int8Linear
+from tinyllm.quantization.layers import Int8Embedding, Int8Linear, RotatedInt8Linear
 from tinyllm.shards.reader import TokenShards
 from tinyllm.shards.stream import TokenStream
 
 SEQ_LEN, BATCH_TOKENS = 256, 2048
+CALIBRATION_TOKENS = 16384
 
 
 class Cached:
@@ -48,6 +52,8 @@ def with_dequantized_weights(model: Transformer) -> Transformer:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Int8Linear | Int8Embedding):
                 weight = layer.weight_q * layer.weight_scale[:, None]
+                if isinstance(layer, RotatedInt8Linear):
+                    weight = hadamard(weight)  # its own inverse
                 n, k = weight.shape
                 plain: nn.Module
                 if isinstance(layer, Int8Embedding):
@@ -76,13 +82,17 @@ def main() -> None:
         share = n / val.n_tokens  # bytes of the part: the same number for every row
         part = TokenStream([val.stream.read(0, n).astype(np.uint32)])
         split = TokenPart(stream=part, n_bytes=round(val.n_bytes * share))
+    train = TokenShards.open(options.tokens_from, "train", None)
+    sample = read_windows(train.stream, CALIBRATION_TOKENS, SEQ_LEN)
     int8 = quantize_model(model)
     formats: dict[str, Callable[[], Transformer | Cached]] = {
         "fp32": lambda: model,
         "W8A8": lambda: int8,
         "W8A8, fp32 cache": lambda: Cached(int8, torch.float32),
         "W8A8, bf16 cache": lambda: Cached(int8, torch.bfloat16),
-        "W4A8": lambda: quantize_model(model, weight_bits=4),
+        "W8A8, INT8 cache": lambda: Cached(int8, torch.int8),
+        "W4A8, to the nearest": lambda: quantize_model(model, weight_bits=4),
+        "W4A8": lambda: quantize_model(model, sample_BT=sample, weight_bits=4),
         "W8A16": lambda: with_dequantized_weights(model),
         "bf16": lambda: model.bfloat16(),  # last: in place
     }

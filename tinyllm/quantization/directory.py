@@ -1,7 +1,8 @@
-"""INT8 model directories: as float ones (`tinyllm.model.directory`), with `format` int8 or int4.
+"""INT8 model directories: as float ones (`tinyllm.model.directory`), but for `format`.
 
 Each matrix `<layer>.weight` becomes `<layer>.weight_q` (int8) and `<layer>.weight_scale` (fp32, one
-per row); a tied head is written once, as the embedding. In `int4` the layers of the blocks have
+per row); a tied head is written once, as the embedding. In
+`int4-rotated` the layers of the blocks have
 `weight_q` in uint8, two numbers in a byte, and `weight_scale` in bf16 (`tinyllm.ops.int4`).
 """
 
@@ -13,9 +14,10 @@ from tinyllm.model.directory import save_weights
 from tinyllm.model.transformer import Transformer
 from tinyllm.quantization.layers import Int4Linear
 
+FORMATS = {"int8-rotated": 8, "int4-rotated": 4}
+"""Bits of the weights in the blocks, by `format`. It was `int8` before down_proj was rotated: such
+weights would load, and give nonsense."""
 HEAD, EMBEDDING = "lm_head.", "embed_tokens."
-WEIGHT_BITS = {"int8": 8, "int4": 4}
-"""Bits of the weights in the blocks, by the `format` of a directory."""
 
 
 def save_quantized_model(model: Transformer, directory: Path) -> None:
@@ -24,7 +26,8 @@ def save_quantized_model(model: Transformer, directory: Path) -> None:
     if model.config.tie_embeddings:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
     is_int4 = any(isinstance(layer, Int4Linear) for layer in model.modules())
-    save_weights(state, model.config, directory, weight_format="int4" if is_int4 else "int8")
+    weight_format = next(name for name, bits in FORMATS.items() if bits == (4 if is_int4 else 8))
+    save_weights(state, model.config, directory, weight_format=weight_format)
 
 
 def with_tied_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,19 @@ from tinyllm.errors import DataError
 from tinyllm.model.transformer import Transformer
 from tinyllm.ops.int4 import quantize_groups
 from tinyllm.ops.linear import quantize_per_row
-from tinyllm.quantization.layers import Int4Linear, Int8Embedding, Int8Linear
+from tinyllm.ops.reference import hadamard
+from tinyllm.quantization.calibration import (
+    input_products,
+    round_groups_to_inputs,
+    round_to_inputs,
+)
+from tinyllm.quantization.layers import (
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    RotatedInt4Linear,
+    RotatedInt8Linear,
+)
 from tinyllm.quantization.transformer import Int8Transformer
 
 KINDS = (
@@ -23,6 +35,8 @@ KINDS = (
 
 Latent attention's kv_b_proj is not among them: decoding absorbs it into queries and outputs.
 """
+ROTATED = "down_proj"
+"""The layer whose inputs, products of two numbers, have outliers: they are rotated first."""
 
 ALWAYS_INT8 = ("embed_tokens", "lm_head")
 """What stays INT8 beside 4-bit layers: with a head in 4 bits the shipped model's val_bpb rose by
@@ -30,7 +44,10 @@ ALWAYS_INT8 = ("embed_tokens", "lm_head")
 
 
 def quantize_model(
-    model: Transformer, kinds: Collection[str] = KINDS, weight_bits: int = 8
+    model: Transformer,
+    kinds: Collection[str] = KINDS,
+    sample_BT: Tensor | None = None,
+    weight_bits: int = 8,
 ) -> Transformer:
     """Return a copy of a model with its matrices in INT8; the model itself stays as it is.
 
@@ -39,6 +56,8 @@ def quantize_model(
     Args:
         model: in floating point, on any device.
         kinds: which of `KINDS`; the rest stays in floating point.
+        sample_BT: int64 tokens of text that tells which inputs the layers get, so that rounding
+            can be compensated; None: every weight is rounded to the nearest.
         weight_bits: 8, or 4 for all but `ALWAYS_INT8`.
 
     Raises:
@@ -50,21 +69,36 @@ def quantize_model(
     if weight_bits == 4:
         _check_inputs(model)
     quantized = copy.deepcopy(model).eval().requires_grad_(False)
+    linear = {path: layer for _, path, layer in _layers(quantized) if isinstance(layer, nn.Linear)}
+    products = {} if sample_BT is None else input_products(quantized, linear, sample_BT)
     done: dict[int, tuple[Tensor, Tensor]] = {}
-    for parent, name, layer in _layers(quantized):
-        if name in kinds:
-            shared = layer.weight.data_ptr()
+    for parent, path, layer in _layers(quantized):
+        if _kind(path) in kinds:
+            shared = layer.weight.data_ptr()  # an embedding comes first, and is never compensated
             if shared not in done:
-                in_int4 = weight_bits == 4 and name not in ALWAYS_INT8
-                quantize = quantize_groups if in_int4 else quantize_per_row
-                done[shared] = quantize(layer.weight.detach())
-            _replace(parent, name, layer, *done[shared])
+                bits = _bits(path, weight_bits)
+                weight = layer.weight.detach()
+                done[shared] = _rounded(weight, products.get(path), _kind(path), bits)
+            _replace(parent, path, layer, *done[shared])
     return Int8Transformer(quantized)
+
+
+def _rounded(
+    weight: Tensor, products: Tensor | None, kind: str, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Return a weight's rows in 8 or 4 bits and their scales."""
+    weight = weight.float()
+    if kind == ROTATED:
+        weight = hadamard(weight)
+        products = None if products is None else hadamard(hadamard(products).T)
+    if products is None:
+        return quantize_groups(weight) if bits == 4 else quantize_per_row(weight)
+    return (round_groups_to_inputs if bits == 4 else round_to_inputs)(weight, products)
 
 
 def kinds_of(model: nn.Module) -> list[str]:
     """Return those of `KINDS` that a model has, in their order."""
-    present = {name for _, name, _ in _layers(model)}
+    present = {_kind(path) for _, path, _ in _layers(model)}
     return [kind for kind in KINDS if kind in present]
 
 
@@ -81,39 +115,51 @@ def empty_quantized_model(model: Transformer, weight_bits: int) -> Transformer:
     if weight_bits == 4:
         _check_inputs(model)
     done: dict[int, tuple[Tensor, Tensor]] = {}
-    for parent, name, layer in _layers(model):
+    for parent, path, layer in _layers(model):
         n, k = layer.weight.shape
-        if weight_bits == 4 and name not in ALWAYS_INT8:
+        if _bits(path, weight_bits) == 4:
             fresh = quantize_groups(torch.zeros(n, k))
         else:
             fresh = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
-        _replace(parent, name, layer, *done.setdefault(layer.weight.data_ptr(), fresh))
+        _replace(parent, path, layer, *done.setdefault(layer.weight.data_ptr(), fresh))
     return Int8Transformer(model.requires_grad_(False))
 
 
 def _check_inputs(model: nn.Module) -> None:
     """Refuse layers that 4 bits cannot hold two inputs to a byte of."""
-    for _, name, layer in _layers(model):
-        if name not in ALWAYS_INT8 and layer.weight.shape[1] % 2:
+    for _, path, layer in _layers(model):
+        if _kind(path) not in ALWAYS_INT8 and layer.weight.shape[1] % 2:
             raise DataError(
-                f"quantize: 4-bit layers want an even number of inputs, {name} has"
+                f"quantize: 4-bit layers want an even number of inputs, {_kind(path)} has"
                 f" {layer.weight.shape[1]}; set quantize.weight_bits: 8 or change model.d_ff"
             )
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Return parent, name and layer of everything that `KINDS` means."""
+    """Return parent, path and layer of everything that `KINDS` means."""
     return [
-        (parent, name, layer)
-        for parent in model.modules()
+        (parent, f"{parent_path}.{name}".lstrip("."), layer)
+        for parent_path, parent in model.named_modules()
         for name, layer in parent.named_children()
         if name in KINDS
     ]
 
 
-def _replace(parent: nn.Module, name: str, layer: Any, weight_q: Tensor, scale: Tensor) -> None:
+def _kind(path: str) -> str:
+    """Return the last part of a layer's path."""
+    return path.rpartition(".")[2]
+
+
+def _bits(path: str, weight_bits: int) -> int:
+    """Return the bits of a layer's weights where those of the blocks have `weight_bits`."""
+    return 8 if _kind(path) in ALWAYS_INT8 else weight_bits
+
+
+def _replace(parent: nn.Module, path: str, layer: Any, weight_q: Tensor, scale: Tensor) -> None:
     """Put the quantised layer in the place of the other."""
-    kind: type[nn.Module] = Int4Linear if weight_q.dtype is torch.uint8 else Int8Linear
-    if isinstance(layer, nn.Embedding):
-        kind = Int8Embedding
-    parent.add_module(name, kind(weight_q, scale))
+    is_rotated, is_int4 = _kind(path) == ROTATED, weight_q.dtype is torch.uint8
+    made: type[nn.Module] = Int8Embedding
+    if isinstance(layer, nn.Linear):
+        kinds = (RotatedInt8Linear, RotatedInt4Linear) if is_rotated else (Int8Linear, Int4Linear)
+        made = kinds[is_int4]
+    parent.add_module(_kind(path), made(weight_q, scale))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm.ops.linear import bind_linear_w4a8, bind_linear_w8a8
+from tinyllm.ops.reference import hadamard
 
 
 class Prepared(nn.Module):
@@ -55,6 +56,14 @@ class Int8Linear(Prepared):
         return y
 
 
+class RotatedInt8Linear(Int8Linear):
+    """The same for a weight whose rows are rotated by `hadamard`, as its inputs are here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
+        return super().forward(hadamard(x.float())).to(x.dtype)
+
+
 class Int4Linear(Prepared):
     """y = x W^T without bias, on 4-bit weights and INT8 activations."""
 
@@ -74,6 +83,14 @@ class Int4Linear(Prepared):
             self._prepared = bind_linear_w4a8(self.weight_q, scale)
         y: Tensor = self._prepared(x)
         return y
+
+
+class RotatedInt4Linear(Int4Linear):
+    """The same for a weight whose rows are rotated, as `RotatedInt8Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
+        return super().forward(hadamard(x.float())).to(x.dtype)
 
 
 class Int8Embedding(nn.Module):

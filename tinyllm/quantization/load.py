@@ -5,7 +5,7 @@ from pathlib import Path
 from tinyllm.errors import ArtifactError
 from tinyllm.model.directory import load_config, load_model, load_weights
 from tinyllm.model.transformer import Transformer
-from tinyllm.quantization.directory import WEIGHT_BITS, with_tied_head
+from tinyllm.quantization.directory import FORMATS, with_tied_head
 from tinyllm.quantization.int8 import empty_quantized_model
 
 
@@ -18,12 +18,12 @@ def load_any_model(directory: Path) -> Transformer:
     config, weight_format = load_config(directory)
     if weight_format == "float":
         return load_model(directory)
-    if weight_format not in WEIGHT_BITS:
+    if weight_format not in FORMATS:
         raise ArtifactError(
-            f"{directory}: holds {weight_format!r} weights; this version knows float,"
-            f" {', '.join(WEIGHT_BITS)}"
+            f"{directory}: holds {weight_format!r} weights, this version knows float,"
+            f" {', '.join(FORMATS)}; quantize the model again"
         )
-    model = empty_quantized_model(Transformer(config), WEIGHT_BITS[weight_format])
+    model = empty_quantized_model(Transformer(config), FORMATS[weight_format])
     tensors = load_weights(directory)
     if config.tie_embeddings:
         tensors = with_tied_head(tensors)
