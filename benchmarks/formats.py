@@ -2,9 +2,9 @@
 
     python benchmarks/formats.py [--models data/models] [--tokens-from data/tokens]
 
-W8A16 has INT8 weights and bf16 activations, W8A8 both in INT8. W4A8 has 4-bit weights in the blocks,
-rounded by the training text as the stage does. The rows with a cache let every window pass through
-one. fp32 is the model before quantisation.
+W8A16 has INT8 weights and bf16 activations, W8A8 both in INT8. W4A8 has 4-bit weights in the
+blocks, rounded by the training text as the stage does. The rows with a cache let every window pass
+through one. fp32 is the model before quantisation.
 The last line is one JSON object. `--quick` ends within 50 s.
 """
 
