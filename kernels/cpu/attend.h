@@ -26,17 +26,25 @@ namespace {
 }
 
 // y [16 SLICES] = sum of the weighted values, even and odd positions apart; at most `n` numbers.
+// Meanwhile as many rows of `next` are fetched.
 template <int SLICES, class T>
-[[gnu::always_inline]] inline void weigh(const T* values, int64_t stride, const float* weights,
+[[gnu::always_inline]] inline void weigh(const T* values, const T* next, int64_t stride, const float* weights,
                                          int64_t n_keys, float factor, int64_t n, float* y) {
+  constexpr int kLine = 64 / sizeof(T);
   Lanes even[SLICES] = {}, odd[SLICES] = {};
   int64_t s = 0;
-  for (; s + 2 <= n_keys; s += 2)
+  for (; s + 2 <= n_keys; s += 2) {
+    if (next != nullptr)
+      for (int i = 0; i < SLICES * kLanes; i += kLine) {
+        __builtin_prefetch(next + s * stride + i);
+        __builtin_prefetch(next + (s + 1) * stride + i);
+      }
 #pragma GCC unroll 4
     for (int i = 0; i < SLICES; ++i) {
       even[i] += load(values + s * stride + i * kLanes, n - i * kLanes) * weights[s];
       odd[i] += load(values + (s + 1) * stride + i * kLanes, n - i * kLanes) * weights[s + 1];
     }
+  }
   if (s < n_keys)
 #pragma GCC unroll 4
     for (int i = 0; i < SLICES; ++i)
@@ -90,6 +98,7 @@ template <int64_t D, class T>
   const int64_t d_head = D > 0 ? D : width;
   const auto* keys = static_cast<const T*>(cached.keys);
   const auto* values = static_cast<const T*>(cached.values);
+  const auto* next = static_cast<const T*>(cached.next_keys);
   const int64_t n_keys = cached.n_keys, stride = cached.stride;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d_head));
   constexpr bool is_int8 = sizeof(T) == 1;
@@ -119,10 +128,11 @@ template <int64_t D, class T>
   const float factor = 1.0f / sum_lanes(total);
   int64_t i = 0;
   for (; i + kSlices * kLanes <= d_head; i += kSlices * kLanes)
-    weigh<kSlices>(values + i, stride, scores, n_keys, factor, kSlices * kLanes, y + i);
+    weigh<kSlices>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, kSlices * kLanes, y + i);
   for (; i + 2 * kLanes <= d_head; i += 2 * kLanes)
-    weigh<2>(values + i, stride, scores, n_keys, factor, 2 * kLanes, y + i);
-  for (; i < d_head; i += kLanes) weigh<1>(values + i, stride, scores, n_keys, factor, d_head - i, y + i);
+    weigh<2>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, 2 * kLanes, y + i);
+  for (; i < d_head; i += kLanes)
+    weigh<1>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, d_head - i, y + i);
 }
 
 template <class T>

@@ -92,6 +92,17 @@ void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
   }
 }
 
+void narrow(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const ShortLanes halves = to_bf16(load(x + i, n - i));
+    __builtin_memcpy(y + i, &halves, static_cast<size_t>(n - i < kLanes ? n - i : kLanes) * sizeof *y);
+  }
+}
+
+void widen(const uint16_t* x, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i += kLanes) store(y + i, load(x + i, n - i), n - i);
+}
+
 [[gnu::always_inline]] inline Lanes hadamard_16(Lanes x) {
   return butterfly<1>(butterfly<2>(butterfly<4>(butterfly<8>(x)))) * 0.17677669529663687f;  // 1 / sqrt(32)
 }

@@ -10,6 +10,8 @@ namespace tinyllm {
 namespace {
 
 typedef float Eight __attribute__((vector_size(32)));
+typedef uint16_t ShortLanes __attribute__((vector_size(32)));
+typedef uint32_t EightWords __attribute__((vector_size(32)));
 typedef int32_t EightInts __attribute__((vector_size(32)));
 
 struct Lanes {
@@ -60,6 +62,17 @@ TINYLLM_LANES(/)
 [[gnu::always_inline]] inline void store_all(float* y, Lanes lanes) {
   _mm256_storeu_ps(y, (__m256)lanes.low);
   _mm256_storeu_ps(y + 8, (__m256)lanes.high);
+}
+
+// Halves to even.
+[[gnu::always_inline]] inline ShortLanes to_bf16(Lanes x) {
+  const auto eight = [](Eight half) {
+    const EightWords bits = (EightWords)half;
+    const EightWords rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (__m256i)(half == half ? rounded : EightWords{} + 0x7fc0);
+  };
+  const __m256i packed = _mm256_packus_epi32(eight(x.low), eight(x.high));  // 0..3, 8..11, 4..7, 12..15
+  return (ShortLanes)_mm256_permute4x64_epi64(packed, 0xd8);
 }
 
 [[gnu::always_inline]] inline Eight sum_halves(Lanes lanes) { return lanes.low + lanes.high; }

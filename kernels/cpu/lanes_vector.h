@@ -12,6 +12,7 @@ namespace {
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
+typedef uint32_t WordLanes __attribute__((vector_size(64)));
 typedef uint16_t ShortLanes __attribute__((vector_size(32)));
 typedef int8_t ByteLanes __attribute__((vector_size(16)));
 typedef float Eight __attribute__((vector_size(32)));
@@ -49,6 +50,13 @@ constexpr int kSlices = 4;  // of an output that attention adds to in registers
 #endif
 
 [[gnu::always_inline]] inline void store_all(float* y, Lanes lanes) { __builtin_memcpy(y, &lanes, sizeof lanes); }
+
+// Halves to even.
+[[gnu::always_inline]] inline ShortLanes to_bf16(Lanes x) {
+  const WordLanes bits = (WordLanes)x;
+  const WordLanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : WordLanes{} + 0x7fc0, ShortLanes);
+}
 
 [[gnu::always_inline]] inline Eight sum_halves(Lanes lanes) {
   Eight eight[2];
