@@ -99,17 +99,10 @@ def as_operator(
 
 
 def without_lse(operator: Any) -> Callable[..., Tensor]:
-    """Return what does `reference.attention` by an operator of `as_operator`."""
+    """Return a function like `reference.attention` that an operator of `as_operator` computes."""
 
-    def attention(
-        q_BHTK: Tensor,
-        k_BGTK: Tensor,
-        v_BGTE: Tensor,
-        document_ids: Tensor | None,
-        window: int,
-        scale: float,
-    ) -> Tensor:
-        y: Tensor = operator(q_BHTK, k_BGTK, v_BGTE, document_ids, window, scale)[0]
+    def attention(*arguments: Any) -> Tensor:
+        y: Tensor = operator(*arguments)[0]
         return y
 
     return attention
