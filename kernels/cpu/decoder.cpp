@@ -211,7 +211,9 @@ class Pass {
 
   void gate(const Weight& w, const Inputs& in) {
     multiply_tiles(w, in, [&](int64_t row, int64_t first, const float* tile) {
-      isa_.swiglu(tile, tile + 32, 32, r_.hidden + row * r_.padded_ff + first / 2);
+      float* hidden = r_.hidden + row * r_.padded_ff + first / 2;
+      isa_.swiglu(tile, tile + kHadamard, kHadamard, hidden);
+      if (first / 2 + kHadamard <= m_.d_ff) isa_.hadamard(hidden);  // a shorter last block stays
     });
   }
 

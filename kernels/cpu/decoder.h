@@ -1,9 +1,11 @@
 // Tokens through a whole transformer with INT8 weights in one call, called from tinyllm/ops/decoder.py.
 //
 //   x = E[id]      per layer:  q, k, v = W_qkv norm(x);  q, k = rope(norm(q)), rope(norm(k)); k, v to the cache
-//                              x += W_o attention(q, K, V);  x += W_down(silu(g) * u), (g, u) = W_gu norm(x)
+//                              x += W_o attention(q, K, V);  x += W_down R(silu(g) * u), (g, u) = W_gu norm(x)
 //   logits = W_head norm(x)
 //
+// R rotates each 32 neighbours by their Hadamard matrix; W_down is stored as W R^T, so nothing changes but
+// that no single large number decides the scale of the row.
 // A row is one token of one sequence. Every number of a row has one order of computing, whatever the
 // other rows, the threads and the instruction set: a prompt at once, in parts or token by token,
 // alone or in a batch, gives the same bits.

@@ -249,6 +249,28 @@ void attend(const float* q, const CachedHead& cached, int64_t d_head, float* sco
   }
 }
 
+// Lanes that are STRIDE apart: their sum in the first, the first less the second in the second.
+template <int STRIDE>
+[[gnu::always_inline]] inline Lanes butterfly(Lanes x) {
+  IntLanes partner, flip;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    partner[i] = i ^ STRIDE;
+    flip[i] = i & STRIDE ? INT32_MIN : 0;  // the sign bit
+  }
+  return __builtin_shuffle(x, partner) + (Lanes)((IntLanes)x ^ flip);
+}
+
+[[gnu::always_inline]] inline Lanes hadamard_16(Lanes x) {
+  return butterfly<1>(butterfly<2>(butterfly<4>(butterfly<8>(x)))) * 0.17677669529663687f;  // 1 / sqrt(32)
+}
+
+void hadamard(float* x) {
+  const Lanes a = load(x, kLanes), b = load(x + kLanes, kLanes);
+  store(x, hadamard_16(a + b), kLanes);
+  store(x + kLanes, hadamard_16(a - b), kLanes);
+}
+
 void swiglu(const float* gate, const float* up, int64_t n, float* y) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const Lanes g = load(gate + i, n - i), u = load(up + i, n - i);

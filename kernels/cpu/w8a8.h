@@ -12,6 +12,7 @@ constexpr int64_t kGroup = 4;          // inputs of one output that lie together
 constexpr int64_t kBlockBytes = kLanes * kGroup;      // one block: one AVX-512 register
 constexpr int64_t kBlocksPerPanel = 4;                // blocks that are read as one stream
 constexpr int64_t kPanel = kLanes * kBlocksPerPanel;  // outputs that one tile computes
+constexpr int64_t kHadamard = 32;    // inputs of down_proj that are rotated together
 constexpr int64_t kMaxK = 65536;     // K * 255 * 127 < 2^31, so no int32 sum overflows
 
 // Rows with a smaller largest magnitude count as zero: 127 / absmax would leave the range of float.
@@ -68,6 +69,9 @@ struct Isa {
 
   // y = gate / (1 + exp(-gate)) * up.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+
+  // x = H x / sqrt(32) for kHadamard numbers, H their Walsh-Hadamard matrix.
+  void (*hadamard)(float* x);
 };
 
 // Defined in one translation unit each, because each has its own compiler flags. Those units use

@@ -10,7 +10,7 @@ from instruction_sets import isa_fixture
 
 from tinyllm.ops import cpu
 from tinyllm.ops.decoder import Decoder, DecoderWeights, LayerWeights, Room
-from tinyllm.ops.reference import quantize_per_row
+from tinyllm.ops.reference import hadamard, quantize_per_row
 
 EPS, V = 1e-6, 70
 
@@ -101,7 +101,7 @@ def by_hand(w, ids, stored=torch.float32):
         x = x + linear(attention_by_hand(w, layer, qkv, stored), layer.o)
         normed = rms_norm(x, layer.norm_mlp)
         gate, up = linear(normed, layer.gate), linear(normed, layer.up)
-        x = x + linear(torch.nn.functional.silu(gate) * up, layer.down)
+        x = x + linear(hadamard(torch.nn.functional.silu(gate) * up), layer.down)
     hidden = rms_norm(x, w.norm)
     return hidden, linear(hidden, w.head)
 

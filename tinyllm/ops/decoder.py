@@ -36,7 +36,7 @@ class LayerWeights:
     up: Weight
     """Likewise."""
     down: Weight
-    """D outputs from F inputs."""
+    """D outputs from F inputs, its rows rotated by `reference.hadamard`."""
     norm_attention: Tensor
     """(D,)."""
     norm_mlp: Tensor
