@@ -85,6 +85,7 @@ def main() -> None:
         "W8A8": lambda: int8,
         "W8A8, fp32 cache": lambda: Cached(int8, torch.float32),
         "W8A8, bf16 cache": lambda: Cached(int8, torch.bfloat16),
+        "W8A8, INT8 cache": lambda: Cached(int8, torch.int8),
         "W8A16": lambda: with_dequantized_weights(model),
         "bf16": lambda: model.bfloat16(),  # last: in place
     }

@@ -39,8 +39,9 @@ struct Tokens {
   const int64_t* ids;                // [sequences][tokens]
   const int64_t* starts;             // [sequences]: how many positions are cached before
   void *keys, *values;               // the cache; strides in numbers, K numbers lie together
+  float *key_scale, *value_scale;    // of INT8, else null; strides are those of the numbers / position_stride
   int64_t layer_stride, sequence_stride, head_stride, position_stride;
-  int64_t is_bf16;                   // what the cache holds, else fp32
+  Stored stored;                     // what the cache holds
   float* hidden;                     // [sequences][tokens][D], normalised; or null
   float* logits;                     // [sequences][V] after the last token; or null
   int64_t n_sequences, n_tokens;

@@ -33,12 +33,16 @@ inline int64_t panel_blocks(int64_t n, int64_t first) {
   return blocks < kBlocksPerPanel ? blocks : kBlocksPerPanel;
 }
 
+// What keys and values are stored as; in INT8 by `Isa::quantize`, the row is a head's K numbers.
+enum class Stored : int64_t { kFloat, kBf16, kInt8 };
+
 // The keys and values that one head of one query sees.
 struct CachedHead {
-  const void *keys, *values;  // fp32 or bf16; the numbers of a position lie together
+  const void *keys, *values;  // the numbers of a position lie together
+  const float *key_scale, *value_scale;  // [n_keys], with INT8; else not read
   int64_t stride;             // numbers from one position to the next
   int64_t n_keys;
-  bool is_bf16;
+  Stored stored;
 };
 
 // One instruction set.
@@ -64,7 +68,8 @@ struct Isa {
   // Turns the pairs (x[i], x[half + i]) by the angles with these cosines and sines, in place.
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
 
-  // y = softmax(q K^T / sqrt(d_head)) V for one query; `scores` has room for n_keys numbers.
+  // y = softmax(q K^T / sqrt(d_head)) V for one query; `scores` has room for n_keys numbers. A scale
+  // of INT8 multiplies its key's score and its value's weight: once a position, not once a number.
   void (*attend)(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y);
 
   // y = gate / (1 + exp(-gate)) * up.

@@ -41,7 +41,8 @@ def logits(model, dtype, device, *, with_step):
     """Return the logits after every token behind the prompt, from a cache with room to spare."""
     model = model.to(dtype)
     cache = KVCache(model.config, 1, 40, dtype, device)
-    cache._k.fill_(torch.nan), cache._v.fill_(torch.nan)  # the kernel must not read what is empty
+    for stored in (part for layer in cache.memory() for part in layer):
+        stored.numbers.fill_(torch.nan)  # the kernel must not read what is empty
     prompt, rest = torch.tensor([IDS[:PROMPT]], device=device), IDS[PROMPT:]
     model.hidden(prompt, cache=cache)
     if with_step:
