@@ -1,20 +1,22 @@
 """What the compilers make of every CUDA kernel for every card: registers, shared memory, spills.
 
-    python benchmarks/cuda_gates.py [--nvcc] [--all]
+    python benchmarks/cuda_gates.py [--nvcc] [--all] [--card sm_86]
 
 Needs no GPU: NVRTC and nvdisasm are packages of PyPI. The table goes into docs/cuda.md; the limits
 and the expected instructions are held by tests/cuda/test_gates.py.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
 from cuda_launches import FORMATS, launches
 
 from tinyllm.ops import cuda_build
@@ -97,6 +99,15 @@ def inspect(
     return kernels
 
 
+def inspect_all(
+    compiler: cuda_build.Compiler, wanted: Sequence[tuple[Program, str]]
+) -> dict[tuple[Program, str], dict[str, Kernel]]:
+    """Do `inspect` for programs with their architectures, as many at once as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = pool.map(lambda one: inspect(compiler, *one), wanted)
+        return dict(zip(wanted, kernels, strict=True))
+
+
 def machine_code(cubin: bytes) -> dict[str, str]:
     """Return the instructions of each kernel as text; none where nvdisasm is not installed."""
     try:
@@ -142,51 +153,74 @@ def _by_entry(log: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def table(compiler: cuda_build.Compiler, formats: Sequence[torch.dtype]) -> Iterator[str]:
-    """Yield a table in Markdown: a line per kernel, registers per thread by architecture."""
-    names = cuda_build.ARCHITECTURES
-    head = ["kernel", "macros", *names, "shared KiB", "spills", "instructions"]
+def table(
+    by_card: Mapping[str, Mapping[Program, Mapping[str, Sequence[Launch]]]],
+    inspected: Mapping[tuple[Program, str], Mapping[str, Kernel]],
+) -> Iterator[str]:
+    """Yield a table in Markdown: a line per kernel, registers per thread by architecture.
+
+    Args:
+        by_card: launches by architecture, program and kernel.
+        inspected: kernels by program and architecture.
+    """
+    head = ["kernel", "macros", *by_card, "shared KiB", "spills", "instructions"]
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
-    by_card = {name: programs(launches(name, formats)) for name in names}
     for program in dict.fromkeys(program for found in by_card.values() for program in found):
-        cards = [name for name in names if program in by_card[name]]
-        kernels = {name: inspect(compiler, program, name) for name in cards}
+        cards = [name for name in by_card if program in by_card[name]]
         for entry, recorded in by_card[cards[0]][program].items():
-            of_card = {name: kernels[name][entry] for name in cards}
+            of_card = {
+                name: inspected[program, name][entry] if name in cards else None for name in by_card
+            }
             yield _line(entry, program, recorded, of_card)
 
 
 def _line(
-    entry: str, program: Program, recorded: Sequence[Launch], of_card: Mapping[str, Kernel]
+    entry: str,
+    program: Program,
+    recorded: Sequence[Launch],
+    of_card: Mapping[str, Kernel | None],
 ) -> str:
-    """Return the line of a kernel; `of_card`: by those architectures that use the program."""
-    first = next(iter(of_card.values()))
-    shared = max(launch.shared_bytes for launch in recorded) + first.static_shared_bytes
-    registers = (
-        str(of_card[name].registers) if name in of_card else "-"
-        for name in cuda_build.ARCHITECTURES
-    )
+    """Return the line of a kernel; `of_card`: None for those that do not use the program."""
+    kernels = [kernel for kernel in of_card.values() if kernel is not None]
+    shared = max(launch.shared_bytes for launch in recorded) + kernels[0].static_shared_bytes
     cells = [
         *(f"`{entry}`", " ".join(define.removeprefix("FORMAT=") for define in program[1])),
-        *registers,
-        *(f"{shared / KIB:.1f}", str(sum(kernel.spill_bytes for kernel in of_card.values()))),
-        ", ".join(f"{n} {kind}" for kind, n in first.instructions.items()) or "-",
+        *("-" if kernel is None else str(kernel.registers) for kernel in of_card.values()),
+        *(f"{shared / KIB:.1f}", str(sum(kernel.spill_bytes for kernel in kernels))),
+        ", ".join(f"{n} {kind}" for kind, n in kernels[0].instructions.items()) or "-",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
-    """Print the table."""
+    """Print the table; return 1 if a card would object to a kernel."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--nvcc", action="store_true", help="compile by nvcc instead of NVRTC")
     parser.add_argument("--all", action="store_true", help="fp16 and fp32, too")
+    parser.add_argument("--card", choices=cuda_build.ARCHITECTURES, help="one architecture only")
     options = parser.parse_args()
     compiler = cuda_build.nvcc() if options.nvcc else cuda_build.nvrtc()
+    started_s = time.perf_counter()
+    cards = (options.card,) if options.card else cuda_build.ARCHITECTURES
+    formats = FORMATS if options.all else FORMATS[:1]
+    by_card = {name: programs(launches(name, formats)) for name in cards}
+    wanted = [(program, name) for name, found in by_card.items() for program in found]
+    inspected = inspect_all(compiler, wanted)
     print(f"{compiler.name}; registers per thread; instructions of the first card\n")
-    for line in table(compiler, FORMATS if options.all else FORMATS[:1]):
-        print(line, flush=True)
-    return 0
+    print(*table(by_card, inspected), sep="\n")
+    wrong = [
+        f"{entry} {' '.join(program[1])} on {name}: {fault}"
+        for program, name in wanted
+        for entry, recorded in by_card[name][program].items()
+        for fault in faults(inspected[program, name][entry], recorded, name)
+    ]
+    n_kernels = sum(len(kernels) for kernels in inspected.values())
+    spilt = sum(k.spill_bytes for kernels in inspected.values() for k in kernels.values())
+    seconds = time.perf_counter() - started_s
+    print(f"\n{len(wanted)} programs, {n_kernels} kernels on {', '.join(cards)}, {seconds:.0f} s:")
+    print(*(wrong or [f"all fit, {spilt} bytes are spilt"]), sep="\n")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -48,25 +48,11 @@ struct Softmax {
 KERNEL(attention_forward, Attention, p, kThreads) {
   SHARED(Number, shared);
   Number* const q_tile = shared;
-  Number* const kv_tiles = shared + kRows * kWidth;  // two halves of keys and values
-  constexpr int kHalf = kColumns * (kWidth + kValueWidth);
   const int head = blockIdx.y, group = head / (p.n_heads / p.n_kv_heads), batch = blockIdx.z;
   const int first = (gridDim.x - 1 - blockIdx.x) * kRows;  // the longest rows begin first
   const int warp_row = threadIdx.x / kLanes * kWarpRows, row = first + warp_row;
-  const Number *k = head_of(p.k, batch, group), *v = head_of(p.v, batch, group);
   const Visible visible{p};
-
-  const int begin = p.window ? max(first - p.window + 1, 0) / kColumns * kColumns : 0;
-  const int end = min(first + kRows, p.n_tokens);
-  const auto next_block = [&](int key) {
-    while (key < end && visible.apart(first, kRows, key, kColumns)) key += kColumns;
-    return key;
-  };
-  const auto stage_block = [&](int key, int half) {
-    Number* tile = kv_tiles + half * kHalf;
-    stage<kWidth, kColumns>(tile, k, p.k.token, key, p.n_tokens);
-    stage<kValueWidth, kColumns>(tile + kColumns * kWidth, v, p.v.token, key, p.n_tokens);
-  };
+  const KeyBlocks blocks(p, group, first, shared + kRows * kWidth);
 
   Softmax softmax;
   float o[kTiles][kValueWidth / 8][4], factor[kTiles][2];
@@ -75,17 +61,17 @@ KERNEL(attention_forward, Attention, p, kThreads) {
   for (int i = 0; i < 2 * kTiles; i++) softmax.largest[i / 2][i % 2] = -kInfinity, softmax.sum[i / 2][i % 2] = 0;
 
   stage<kWidth, kRows>(q_tile, head_of(p.q, batch, head), p.q.token, first, p.n_tokens);
-  int key = next_block(begin);
-  stage_block(key, 0);
+  int key = blocks.begin();
+  blocks.fetch(key, 0);
   cp_async_commit();
-  for (int half = 0; key < end; half ^= 1) {
+  for (int half = 0; key < blocks.end; half ^= 1) {
     cp_async_wait<0>();
     __syncthreads();  // everyone's copies have arrived, and no one reads the other half any more
-    const int next = next_block(key + kColumns);
-    if (next < end) stage_block(next, half ^ 1);
+    const int next = blocks.next(key + kColumns);
+    if (next < blocks.end) blocks.fetch(next, half ^ 1);
     cp_async_commit();
     if (key < row + kWarpRows) {  // not after the warp's last query
-      const Number* tile = kv_tiles + half * kHalf;
+      const Number* tile = blocks.tile(half);
       float s[kTiles][kColumns / 8][4];
       clear<kColumns>(s);
       multiply_rows<kWidth, kColumns>(s, q_tile, warp_row, tile);

@@ -40,9 +40,10 @@ SHIPPED = ((64, 64), (128, 128))
 def faults_of(compiler, recorded, architecture):
     """Return everything that is wrong, by kernel."""
     found = {}
-    for program, entries in cuda_gates.programs(recorded).items():
-        kernels = cuda_gates.inspect(compiler, program, architecture)
-        for entry, of_entry in entries.items():
+    by_program = cuda_gates.programs(recorded)
+    wanted = [(program, architecture) for program in by_program]
+    for (program, _), kernels in cuda_gates.inspect_all(compiler, wanted).items():
+        for entry, of_entry in by_program[program].items():
             wrong = cuda_gates.faults(kernels[entry], of_entry, architecture)
             # of a cache in INT8 a lane reads 8 bytes, as many numbers as 16 bytes of bf16
             meant = MEANT[entry] - ({"LDG.128"} if "CACHE=i8" in program[1] else set())
