@@ -31,6 +31,8 @@ the speed of blocks of 32 (one thread), and still no further off than one scale 
 class Genai:
     """The model in GenAI; one session per number of threads, which a session cannot change."""
 
+    note = ""
+
     def __init__(self, folder: Path) -> None:
         import onnxruntime_genai
 
@@ -160,7 +162,7 @@ class _Graph:
         scale = np.abs(blocks).max(axis=2) / np.float32(127)
         rounded = (np.rint(blocks / scale[..., None]) + 128).astype(np.uint8)
         stored = [self._store(f"{name}.q", rounded), self._store(f"{name}.scale", scale)]
-        sizes = {"K": k, "N": n, "bits": 8, "block_size": BLOCK}
+        sizes: dict[str, Any] = {"K": k, "N": n, "bits": 8, "block_size": BLOCK}
         node = helper.make_node(
             "MatMulNBits",
             [x, *stored],
@@ -193,7 +195,7 @@ class _Graph:
         outputs = [tensor("logits", TensorProto.FLOAT, ["batch", 1, config.vocab_size])]
         for i in range(config.n_layers):
             for part in ("key", "value"):
-                shape = ["batch", config.n_kv_heads, "past", config.d_head]
+                shape: list[Any] = ["batch", config.n_kv_heads, "past", config.d_head]
                 inputs.append(tensor(f"past_key_values.{i}.{part}", TensorProto.FLOAT, shape))
                 shape = ["batch", config.n_kv_heads, "total", config.d_head]
                 outputs.append(tensor(f"present.{i}.{part}", TensorProto.FLOAT, shape))

@@ -2,7 +2,7 @@
 
 The shapes of nodes are those that the CPU plugin joins: RMSNorm, rotation, attention with its
 cache (`ReadValue`, `Gather`, `Concat`), and products with weights that are stored as INT8 with one
-scale per output, for which it rounds the input in groups of 32 at run time. That is what a model
+scale per output, for which it rounds the input in groups at run time. That is what a model
 converted with INT8_SYM weights consists of; the head sees the last position only.
 """
 
@@ -17,22 +17,25 @@ from openvino import opset13 as ops
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
 
+OPTIONS = {"PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
+"""Groups of 32 are the default; with 128 a prompt takes 0.7 of its time at d 768 and d 1024."""
 END = np.iinfo(np.int64).max
 
 
 class OpenVino:
     """The model in OpenVINO; compiled once per number of threads."""
 
-    def __init__(self, model: Transformer, **options: Any) -> None:
-        self._model, self._options = _Graph(model.config).build(model), options
-        self._core = openvino.Core()
+    note = ""
+
+    def __init__(self, model: Transformer) -> None:
+        self._model, self._core = _Graph(model.config).build(model), openvino.Core()
         self._requests: dict[int, Any] = {}
         self.set_threads(1)
 
     def set_threads(self, n: int) -> None:
         """See `Engine`."""
         if n not in self._requests:
-            options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": n, **self._options}
+            options = {**OPTIONS, "INFERENCE_NUM_THREADS": n}
             compiled = self._core.compile_model(self._model, "CPU", options)
             self._requests[n] = compiled.create_infer_request()
             self._requests[n].set_tensor("beam", openvino.Tensor(np.zeros(1, np.int32)))

@@ -1,6 +1,7 @@
 """The engines that decode.py compares: one interface, the same random weights."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,9 @@ MAX_LEN = 256
 
 class Engine(Protocol):
     """A model with one sequence in its cache."""
+
+    note: str
+    """What the table adds to its name."""
 
     def set_threads(self, n: int) -> None:
         """Compute with n threads from now on."""
@@ -52,6 +56,8 @@ def config_of(d: int, n_layers: int, n_heads: int, vocab_size: int, d_ff: int) -
 class Ours:
     """Our model, in any format."""
 
+    note = ""
+
     def __init__(self, model: Transformer) -> None:
         self._model = model
         self._cache = KVCache(model.config, 1, MAX_LEN, cache_dtype(model), "cpu")
@@ -79,13 +85,9 @@ def build_engines(model: Transformer, folder: Path) -> dict[str, Engine | None]:
         folder: for the files of engines that read files.
     """
     engines: dict[str, Engine | None] = {"ours INT8": Ours(quantize_model(model))}
-    for name, package, make in (
-        ("llama.cpp Q8_0", "llama_cpp", _llama_cpp),
-        ("ik_llama.cpp Q8_0_R8", "ik_llama_cpp", _ik_llama),
-        ("GenAI INT8", "onnxruntime_genai", _genai),
-        ("OpenVINO INT8", "openvino", _openvino),
-    ):
-        engines[name] = make(model, folder) if importlib.util.find_spec(package) else None
+    for name, (package, make) in PEERS.items():
+        engine = make(model, folder) if importlib.util.find_spec(package) else None
+        engines[name + engine.note if engine else name] = engine
     engines["torch bf16"] = Ours(model.bfloat16())
     return engines
 
@@ -112,3 +114,12 @@ def _openvino(model: Transformer, folder: Path) -> Engine:
     from engine_openvino import OpenVino
 
     return OpenVino(model)
+
+
+PEERS: dict[str, tuple[str, Callable[[Transformer, Path], Engine]]] = {
+    "llama.cpp Q8_0": ("llama_cpp", _llama_cpp),
+    "ik_llama.cpp Q8_0_R8": ("ik_llama_cpp", _ik_llama),
+    "GenAI INT8": ("onnxruntime_genai", _genai),
+    "OpenVINO INT8": ("openvino", _openvino),
+}
+"""The package and the maker of each peer, by its name in the table."""
