@@ -92,6 +92,17 @@ def build_engines(model: Transformer, folder: Path) -> dict[str, Engine | None]:
     return engines
 
 
+def against_fp32(engine: Engine, prompt: list[int], expected_TV: Logits) -> dict[str, float]:
+    """Return how far an engine's logits are off, and the share of its likeliest tokens."""
+    engine.clear()
+    n = len(prompt) - len(expected_TV) + 1
+    found = [np.array(engine.read(prompt[:n]))]
+    found += [np.array(engine.read([token])) for token in prompt[n:]]
+    off = np.sqrt(np.mean((found - expected_TV) ** 2)) / expected_TV.std()
+    same = np.argmax(found, axis=1) == np.argmax(expected_TV, axis=1)
+    return {"off": float(off), "top_1": float(same.mean())}
+
+
 def _llama_cpp(model: Transformer, folder: Path) -> Engine:
     from engine_llama import LlamaCpp, gguf_q8
 
