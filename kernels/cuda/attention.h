@@ -31,7 +31,7 @@ struct Attention {
   float *lse, *delta;        // [B][H][T]; lse: natural logarithm; delta: rowsum(dO O), backward only
   const i32* documents;      // [B][padded]: positions of different documents are invisible; or null
   const i32* ranges;         // [B][padded / 32][2]: least and largest document of 32 positions
-  i64 padded;                // T rounded up to a multiple of 128
+  i64 padded;                // T rounded up to a multiple of 384: whole blocks of rows and columns
   i32 n_tokens, n_heads, n_kv_heads;
   i32 window;                // a query sees its own position and window - 1 before; 0: all
   float scale;               // positive
@@ -80,9 +80,12 @@ struct Visible {  // of the block's sequence; keeps no address in registers
 
   __device__ __forceinline__ const i32* documents() const { return p.documents + blockIdx.z * p.padded; }
 
+  // Whatever the documents are.
+  __device__ __forceinline__ bool in_reach(int query, int key) const {
+    return key <= query && (p.window == 0 || query - key < p.window);
+  }
   __device__ __forceinline__ bool operator()(int query, int key) const {
-    return key <= query && (p.window == 0 || query - key < p.window) &&
-           (p.documents == nullptr || documents()[query] == documents()[key]);
+    return in_reach(query, key) && (p.documents == nullptr || documents()[query] == documents()[key]);
   }
 
   // n positions within one entry of 32, or whole entries.
@@ -114,10 +117,10 @@ struct Visible {  // of the block's sequence; keeps no address in registers
   }
 };
 
-// Hides what is invisible: rows are queries and columns keys, or the other way round.
-template <bool kRowsAreKeys>
+// Hides what is not visible(query, key): rows are queries and columns keys, or the other way round.
+template <bool kRowsAreKeys, class Predicate>
 __device__ __forceinline__ void hide(float (&s)[kTiles][kColumns / 8][4], int row, int column,
-                                     const Visible& visible) {
+                                     const Predicate& visible) {
   const int lane = threadIdx.x % kLanes;
 #pragma unroll
   for (int i = 0; i < kTiles; i++)

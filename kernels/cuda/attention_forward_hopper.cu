@@ -12,6 +12,7 @@ namespace {
 constexpr int kWarpgroups = WARPGROUPS, kStages = STAGES, kGroupRows = 64, kRows = kWarpgroups * kGroupRows;
 constexpr int kConsumers = 4 * kWarpgroups, kThreads = (kConsumers + 4) * kLanes;  // warps; with the producer's
 constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32, kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
+static_assert(384 % kRows == 0 && 384 % kColumns == 0, "`documents` has whole blocks");
 static_assert(kTiles == 1, "a warp of a warpgroup owns 16 rows");
 static_assert(kWidth % kTileWidth == 0 && kValueWidth % kTileWidth == 0, "whole tiles");
 
@@ -62,12 +63,25 @@ __device__ __forceinline__ void pack_weights(unsigned (&weights)[kColumns / 16][
     }
 }
 
+// Hides keys of other documents; `queries`, `keys`: documents of the first row, of the first column.
+__device__ __forceinline__ void hide_documents(float (&s)[kTiles][kColumns / 8][4], const i32* queries,
+                                               const i32* keys) {
+  const int lane = threadIdx.x % kLanes;
+  const i32 own[2] = {queries[lane / 4], queries[lane / 4 + 8]};
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (own[e / 2] != keys[8 * j + lane % 4 * 2 + e % 2]) s[0][j][e] = -kInfinity;
+}
+
 }  // namespace
 
 struct HopperAttention {
   TensorMap q, k, v;
   Attention problem;
 };
+static_assert(sizeof(HopperAttention) == 3 * sizeof(TensorMap) + sizeof(Attention), "as the host packs it");
 
 KERNEL(attention_forward_hopper, HopperAttention, maps, kThreads) {
   SHARED_TILES(Shared, shared);
@@ -133,7 +147,10 @@ KERNEL(attention_forward_hopper, HopperAttention, maps, kThreads) {
     if (lane == 0) mbarrier_arrive(empty);
   };
   const auto weigh = [&](int key) {
-    if (!visible.all(row, 16, key, kColumns)) hide<false>(s, row, key, visible);
+    if (!visible.all(row, 16, key, kColumns)) {
+      hide<false>(s, row, key, [&](int query, int k) { return visible.in_reach(query, k); });
+      if (p.documents) hide_documents(s, visible.documents() + row, visible.documents() + key);
+    }
     softmax.update(s, shrink, p.scale * kLog2E);
   };
 
@@ -144,7 +161,7 @@ KERNEL(attention_forward_hopper, HopperAttention, maps, kThreads) {
   release(&shared.k_empty[0]);
   weigh(key);
   pack_weights(weights, s);
-  for (key = next_block(key + kColumns); key < end; key = next_block(key + kColumns)) {
+  for (key = next_block(key + kColumns); key < end; key = next_block(key + kColumns), n++) {
     start_keys(n + 1);
     start_values(n);  // runs while this warpgroup weighs the next scores
     wgmma_wait<1>(s[0]);
@@ -154,7 +171,6 @@ KERNEL(attention_forward_hopper, HopperAttention, maps, kThreads) {
     release(&shared.v_empty[stage_of(n)]);
     rescale(o, shrink);
     pack_weights(weights, s);
-    n++;
   }
   start_values(n);
   wgmma_wait<0>(o[0]);

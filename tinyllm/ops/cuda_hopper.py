@@ -1,4 +1,4 @@
-"""Attention's forward kernel for Hopper (H100, H200): wgmma and TMA instead of mma.sync and cp.async.
+"""Attention's forward kernel for Hopper (H100, H200): wgmma and TMA, not mma.sync and cp.async.
 
 Not the default: no card has measured it yet (docs/cuda-attention.md). TINYLLM_CUDA_ATTENTION=hopper
 takes it where it can serve, and `make gpu-check` measures both.
@@ -18,8 +18,10 @@ ENTRY, REPLACES = "attention_forward_hopper", "attention_forward"
 CAPABILITY = (9, 0)
 WIDTHS = (64, 128)
 """Of queries and keys and, each for itself, of values."""
-WARPGROUPS, COLUMNS, STAGES = 2, 128, 2
-"""Each with 64 queries; keys of a block; blocks of keys on their way or in use."""
+WARPGROUPS = {64: 3, 128: 2}
+"""That multiply, each with 64 queries, by the wider of both widths; one more fetches."""
+COLUMNS, STAGES = 128, 2
+"""Keys of a block; blocks of keys on their way or in use."""
 GROUP_ROWS, THREADS = 64, 128
 """Queries and threads of a warpgroup."""
 VARIABLE, CHOICES = "TINYLLM_CUDA_ATTENTION", ("mma", "hopper")
@@ -55,7 +57,8 @@ def refuses(launch: Launch) -> str | None:
 def of(launch: Launch) -> Launch:
     """Return the launch of this kernel that does what one of the mma.sync kernel does."""
     width, value_width = _widths(launch)
-    rows = WARPGROUPS * GROUP_ROWS
+    warpgroups = WARPGROUPS[max(width, value_width)]
+    rows = warpgroups * GROUP_ROWS
     problem = launch.arguments
     tiles = rows * width + STAGES * COLUMNS * (width + value_width)
     _, heads, batch = launch.grid
@@ -67,7 +70,7 @@ def of(launch: Launch) -> Launch:
         source=f"{ENTRY}.cu",
         entry=ENTRY,
         grid=(-(-t // rows), heads, batch),
-        block=((WARPGROUPS + 1) * THREADS, 1, 1),
+        block=((warpgroups + 1) * THREADS, 1, 1),
         shared_bytes=tiles * 2 + (1 + 4 * STAGES) * 8,
         arguments=arguments,
         tensors=(
@@ -79,7 +82,7 @@ def of(launch: Launch) -> Launch:
             *launch.defines[:3],
             "ROW_TILES=1",
             f"COLUMNS={COLUMNS}",
-            f"WARPGROUPS={WARPGROUPS}",
+            f"WARPGROUPS={warpgroups}",
             f"STAGES={STAGES}",
         ),
     )
