@@ -49,8 +49,8 @@ struct Thread {
   jmp_buf resume;
   bool started;
   State state;
-  Site site;          // where it waits
-  void* operands;     // of the warp's operation
+  Site site;                       // where it waits
+  void* operands;                  // of the warp's operation
   bool (*is_over)(const Thread&);  // what it waits for in kUntil, of these two
   const void* subject;
   int parity;
@@ -225,13 +225,13 @@ static void run_block() {
     int ready[kMaxWarps], n = 0, n_done = 0;
     for (int w = 0; w < n_warps; w++)
       if (is_ready(w)) ready[n++] = w;
+    for (int i = 0; i < m.n_threads; i++) n_done += m.threads[i].state == State::kDone;
+    if (n_done == m.n_threads) return card.end();
     if ((n == 0 || (m.eagerness && draw(m.eagerness) == 0)) && card.step()) continue;
     if (n) {
       run_warp(ready[draw(n)]);
       continue;
     }
-    for (int i = 0; i < m.n_threads; i++) n_done += m.threads[i].state == State::kDone;
-    if (n_done == m.n_threads) return card.end();
     open_barrier();
   }
 }
@@ -271,7 +271,7 @@ static int run(void (*body)(const void*), int max_threads, const void* arguments
   m.shared_bytes = shared_bytes;
   m.random = (seed + 1) * 0x9e3779b97f4a7c15ull;
   m.eagerness = seed % 3 == 0 ? 0 : seed % 3 == 1 ? 16 : 2;
-  m.arena_bytes = card.max_shared + 13 * 1024;            // whole pages
+  m.arena_bytes = card.max_shared + 13 * 1024;         // whole pages
   m.arena = pages(m.arena_bytes + 2 * kPage) + kPage;  // between two that fault
   mprotect(m.arena - kPage, kPage, PROT_NONE);
   mprotect(m.arena + m.arena_bytes, kPage, PROT_NONE);
