@@ -80,12 +80,9 @@ struct Visible {  // of the block's sequence; keeps no address in registers
 
   __device__ __forceinline__ const i32* documents() const { return p.documents + blockIdx.z * p.padded; }
 
-  // Whatever the documents are.
-  __device__ __forceinline__ bool in_reach(int query, int key) const {
-    return key <= query && (p.window == 0 || query - key < p.window);
-  }
   __device__ __forceinline__ bool operator()(int query, int key) const {
-    return in_reach(query, key) && (p.documents == nullptr || documents()[query] == documents()[key]);
+    return key <= query && (p.window == 0 || query - key < p.window) &&
+           (p.documents == nullptr || documents()[query] == documents()[key]);
   }
 
   // n positions within one entry of 32, or whole entries.

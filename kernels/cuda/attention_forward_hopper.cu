@@ -148,7 +148,9 @@ KERNEL(attention_forward_hopper, HopperAttention, maps, kThreads) {
   };
   const auto weigh = [&](int key) {
     if (!visible.all(row, 16, key, kColumns)) {
-      hide<false>(s, row, key, [&](int query, int k) { return visible.in_reach(query, k); });
+      hide<false>(s, row, key, [&](int query, int k) {
+        return k <= query && (p.window == 0 || query - k < p.window);
+      });
       if (p.documents) hide_documents(s, visible.documents() + row, visible.documents() + key);
     }
     softmax.update(s, shrink, p.scale * kLog2E);

@@ -34,9 +34,9 @@ QUICK = [
     ),
     Mutant(
         "a query sees the next",
-        "attention.h",
-        "return key <= query &&",
-        "return key <= query + 1 &&",
+        FORWARD,
+        "return k <= query &&",
+        "return k <= query + 1 &&",
     ),
 ]
 WIDE = [  # only heads wider than a tile have a second one
