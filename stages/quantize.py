@@ -31,9 +31,8 @@ def quantize() -> None:
     """Turn the model's matrices into INT8 or 4 bits and prove that it predicts as before."""
     params, progress = load_params(Params, paths.PARAMS).quantize, console_progress()
     model, source = load_model(paths.LORA_MERGED), paths.LORA_MERGED
-    val = TokenShards.open(paths.TOKENS, "val", None)  # the lineage guard knows the tokenizer
+    val, train = (TokenShards.open(paths.TOKENS, split, None) for split in ("val", "train"))
     seq_len = min(params.seq_len, model.config.max_seq_len)
-    train = TokenShards.open(paths.TOKENS, "train", None)
     sample = read_windows(train.stream, params.calibration_tokens, seq_len)
 
     def evaluate(candidate: Transformer) -> float:
@@ -42,8 +41,9 @@ def quantize() -> None:
 
     kind = f"int{params.weight_bits}"
     inputs, copies = [source, paths.TOKENS], {name: source / name for name in COPIED}
-    about = {"kind": kind, "made_from": inputs, "config": params, "copies": copies}
-    with build_artifact(paths.INT8, **about) as draft:
+    with build_artifact(
+        paths.INT8, kind=kind, made_from=inputs, config=params, copies=copies
+    ) as draft:
         quantized = quantize_model(model, sample_BT=sample, weight_bits=params.weight_bits)
         before, after = evaluate(model), evaluate(quantized)
         progress.say(f"val_bpb {before:.4f} before, {after:.4f} in {kind.upper()}")
@@ -51,8 +51,8 @@ def quantize() -> None:
         save_quantized_model(quantized, draft.path)
     bpb = {"val_bpb_before": before, "val_bpb": after, "val_bpb_increase_share": after / before - 1}
     sizes = {**model_bytes(model), "int8_bytes": (paths.INT8 / WEIGHTS).stat().st_size}
-    held_out = read_windows(val.stream, seq_len, min(seq_len, val.n_tokens))
-    layers = measure_outputs(model, quantized, held_out)
+    first = read_windows(val.stream, seq_len, min(seq_len, val.n_tokens))
+    layers = measure_outputs(model, quantized, first)
     write_metrics(paths.REPORTS, "quantize", {**bpb, **sizes, "layers": layers})
 
 
