@@ -29,6 +29,8 @@ FILE_REGISTERS, THREAD_REGISTERS = 64 * KIB, 255
 """Of a multiprocessor, which must hold a block; of a thread."""
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\.",  # tensor cores, bf16 and fp16
+    "HGMMA": r"\bHGMMA\.",  # the same of a warpgroup (wgmma)
+    "UTMALDG": r"\bUTMALDG\b",  # boxes by the copy engine (TMA)
     "IMMA": r"\bIMMA\.",  # tensor cores, INT8
     "DP4A": r"\bIDP\.4A\b",
     "LDG.128": r"\bLDG\.E\S*\.128\b",  # 16 bytes from global memory
@@ -40,6 +42,7 @@ INSTRUCTIONS = {
 """What is looked for in the machine code."""
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_SERIALIZED = re.compile(r"wgmma\S* instructions are serialized .* function '(\w+)'")
 _USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 
 Program = tuple[str, tuple[str, ...]]
@@ -56,6 +59,8 @@ class Kernel:
     """Written to and read from memory for want of registers."""
     static_shared_bytes: int
     """Shared memory beside what the launch asks for."""
+    is_serialized: bool = False
+    """Whether its wgmma wait for each other, as ptxas warns."""
     instructions: Mapping[str, int]
     """How often those of `INSTRUCTIONS` occur; empty without nvdisasm."""
 
@@ -79,8 +84,10 @@ def inspect(
     """
     source, defines = program
     told = cuda_build.options(source, defines)
-    compiled = compiler.compile(cuda_build.SOURCES / source, told, architecture)
+    wanted = cuda_build.compiled_for(source, architecture)
+    compiled = compiler.compile(cuda_build.SOURCES / source, told, wanted)
     code = machine_code(compiled.cubin)
+    serialized = set(_SERIALIZED.findall(compiled.log))
     kernels = {}
     for name, text in _by_entry(compiled.log).items():
         spills, used = _SPILLS.search(text), _USED.search(text)
@@ -94,6 +101,7 @@ def inspect(
             registers=int(used[1]),
             spill_bytes=int(spills[1]) + int(spills[2]),
             static_shared_bytes=int(used[2] or 0),
+            is_serialized=name in serialized,
             instructions={kind: n for kind, n in counts.items() if n},
         )
     return kernels
@@ -134,6 +142,8 @@ def faults(kernel: Kernel, recorded: Sequence[Launch], architecture: str) -> lis
         found.append(f"spills {kernel.spill_bytes} bytes")
     if kernel.instructions.get("local"):
         found.append(f"{kernel.instructions['local']} accesses to local memory")
+    if kernel.is_serialized:
+        found.append("its wgmma wait for each other")
     if kernel.registers > THREAD_REGISTERS:
         found.append(f"{kernel.registers} registers per thread")
     for launch in recorded:

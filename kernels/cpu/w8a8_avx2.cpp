@@ -4,7 +4,7 @@
 // and the sign moved to the weight keeps pairs within 2 * 127 * 127 = 32258 < 32767: exact.
 #include <immintrin.h>
 
-#include "lanes.h"
+#include "attend.h"
 #include "w8a8.h"
 
 namespace tinyllm {
@@ -118,6 +118,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 
 }  // namespace
 
-const Isa kAvx2 = {quantize, tile, 0, rms_norm, add, rotate, attend, swiglu, hadamard};
+const Isa kAvx2 = {quantize, tile, 0, rms_norm, add, rotate, attend, narrow, widen, swiglu, hadamard};
 
 }  // namespace tinyllm

@@ -4,7 +4,7 @@
 // saturation. The inputs are stored with 128 added; sums start at -128 * (sum of the weights).
 #include <immintrin.h>
 
-#include "lanes.h"
+#include "attend.h"
 #include "w8a8.h"
 
 namespace tinyllm {
@@ -136,6 +136,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 
 }  // namespace
 
-const Isa kAvx512Vnni = {quantize, tile, 0x80, rms_norm, add, rotate, attend, swiglu, hadamard};
+const Isa kAvx512Vnni = {quantize, tile, 0x80, rms_norm, add, rotate, attend, narrow, widen, swiglu, hadamard};
 
 }  // namespace tinyllm

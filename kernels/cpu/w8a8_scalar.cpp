@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "lanes.h"
+#include "attend.h"
 #include "w8a8.h"
 
 namespace tinyllm {
@@ -52,6 +52,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 
 }  // namespace
 
-const Isa kScalar = {quantize, tile, 0, rms_norm, add, rotate, attend, swiglu, hadamard};
+const Isa kScalar = {quantize, tile, 0, rms_norm, add, rotate, attend, narrow, widen, swiglu, hadamard};
 
 }  // namespace tinyllm

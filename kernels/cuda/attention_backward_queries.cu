@@ -5,7 +5,7 @@
 // (Dao 2023, arXiv:2307.08691, algorithm 2.) dK and dV are attention_backward_keys', which runs after
 // this and reads delta. Each kernel owns the rows that it writes, so there are no atomics and every sum
 // has one order: the same bits in every run. The price is that S and dO V^T are computed twice.
-#include "attention.h"
+#include "attention_mma.h"
 
 namespace tinyllm {
 namespace {

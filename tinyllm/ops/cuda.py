@@ -16,6 +16,7 @@ from tinyllm.ops import (
     cuda_attention,
     cuda_cross_entropy,
     cuda_driver,
+    cuda_hopper,
     cuda_int8,
 )
 from tinyllm.ops.adamw8bit import Moments, Rates
@@ -27,6 +28,8 @@ from tinyllm.ops.launch import Launch
 
 def run(launch: Launch) -> None:
     """Execute a launch by whatever `cuda_driver.run` is at the time of the call."""
+    if cuda_hopper.is_wanted() and cuda_hopper.refuses(launch) is None:
+        launch = cuda_hopper.of(launch)
     cuda_driver.run(launch)
 
 

@@ -17,8 +17,9 @@ from tinyllm.ops.launch import Launch
 FORMATS = {torch.bfloat16: "bf16", torch.float16: "half"}
 MIN_WIDTH, MAX_WIDTH = 16, 128
 """Widths are multiples of 16 between these."""
-WARPS, LANES, RANGE, PADDING = 4, 32, 32, 128
-"""Warps of a block, threads of a warp; positions of an entry of `Documents.ranges`; T's padding."""
+WARPS, LANES, RANGE, PADDING = 4, 32, 32, 384
+"""Warps of a block, threads of a warp; positions of an entry of `Documents.ranges`; T's padding,
+whole blocks of rows and of columns in every kernel."""
 NARROW = 64
 """Up to this width tiles are larger: the registers hold them (docs/cuda-attention.md)."""
 TILES = {
@@ -49,7 +50,7 @@ class Documents:
     """Which document each position belongs to, as the kernels read it."""
 
     ids: Tensor
-    """(B, padded) int32, T rounded up to a multiple of 128; the last one repeated."""
+    """(B, padded) int32, T rounded up to a multiple of PADDING; the last one repeated."""
     ranges: Tensor
     """(B, padded / 32, 2) int32: least and largest id of 32 positions; whole blocks are skipped."""
 
