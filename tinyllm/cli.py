@@ -3,6 +3,8 @@
 Options here are settings of one call, never of a stage: what shapes a result lives in params.yaml.
 """
 
+import atexit
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -47,6 +49,7 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout):
         with suppress(AttributeError):  # not a text file, as in some tests
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    atexit.register(gc.freeze)  # no last search for cycles among torch's objects: it took 1.3 s
     with mistakes_in_one_line():
         try:
             code = app(standalone_mode=False)
