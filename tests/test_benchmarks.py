@@ -1,6 +1,7 @@
 """The comparisons of benchmarks/ as their readers run them: a table, then one JSON object."""
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -33,11 +34,12 @@ def test_quick_ends_in_time_with_one_json_object(name, tmp_path):
         text = tmp_path / "text.txt"
         text.write_text(made_up_text(40_000), encoding="utf-8")
         command += ["--text", str(text)]
-    started_s = time.perf_counter()
+    started_s, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    seconds = time.perf_counter() - started_s
+    seconds, after = time.perf_counter() - started_s, resource.getrusage(resource.RUSAGE_CHILDREN)
+    computed_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     assert table
     assert isinstance(json.loads(last), dict)
-    assert seconds < LIMIT_S
+    assert min(seconds, computed_s) < LIMIT_S  # others may keep the machine busy
