@@ -20,8 +20,9 @@ from tinyllm.evaluation.loss import TokenPart, evaluate_stream
 from tinyllm.inference.cache import KVCache
 from tinyllm.model.directory import load_model
 from tinyllm.model.transformer import Transformer
+from tinyllm.ops.reference import hadamard
 from tinyllm.quantization.int8 import quantize_model
-from tinyllm.quantization.layers import Int8Embedding, Int8Linear
+from tinyllm.quantization.layers import Int8Embedding, Int8Linear, RotatedInt8Linear
 from tinyllm.shards.reader import TokenShards
 from tinyllm.shards.stream import TokenStream
 
@@ -48,6 +49,8 @@ def with_dequantized_weights(model: Transformer) -> Transformer:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Int8Linear | Int8Embedding):
                 weight = layer.weight_q * layer.weight_scale[:, None]
+                if isinstance(layer, RotatedInt8Linear):
+                    weight = hadamard(weight)  # its own inverse
                 n, k = weight.shape
                 plain: nn.Module
                 if isinstance(layer, Int8Embedding):
@@ -82,6 +85,7 @@ def main() -> None:
         "W8A8": lambda: int8,
         "W8A8, fp32 cache": lambda: Cached(int8, torch.float32),
         "W8A8, bf16 cache": lambda: Cached(int8, torch.bfloat16),
+        "W8A8, INT8 cache": lambda: Cached(int8, torch.int8),
         "W8A16": lambda: with_dequantized_weights(model),
         "bf16": lambda: model.bfloat16(),  # last: in place
     }

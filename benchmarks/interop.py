@@ -47,6 +47,8 @@ from tinyllm.model.transformer import Transformer
 from tinyllm.params import build_params, read_yaml
 from tinyllm.parity import missing_lines, parity_table
 from tinyllm.progress import Silent
+from tinyllm.quantization.directory import save_int8_model
+from tinyllm.quantization.int8 import quantize_model
 from tinyllm.tokenizer import chat
 from tinyllm.tokenizer.tokenizer import Tokenizer
 from tinyllm.tokenizer.train import TokenizerParams, train_bpe
@@ -62,6 +64,8 @@ TARGETS = {"gqa": None, "qk_norm": None, "mla": MLA}
 """Layers of the adapter; peft takes no others of DeepSeek-V3 (`peft_refuses`)."""
 SIZES = {"d": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 320}
 STEPS, QUICK_STEPS = 600, 8
+SAMPLE = 16384
+"""Tokens of the training text by which INT8 rounding is compensated, as in params.yaml."""
 SEQ_LEN, BATCH, LR, HELD_OUT_EVERY = 128, 8, 3e-3, 8
 
 
@@ -154,7 +158,10 @@ def measure(
     export.mkdir()
     adapter = Adapter(work / "base", work / "adapter")
     skipped = write_bundle(merged, export, params, Silent(), adapter)
-    proof = prove_bundle(merged, export, held_out, params, Silent(), skipped)
+    with build_artifact(work / "int8", kind="int8", made_from=[merged]) as draft:
+        sample = ids[:SAMPLE].view(-1, SEQ_LEN)
+        save_int8_model(quantize_model(load_model(merged), sample_BT=sample), draft.path)
+    proof = prove_bundle(merged, export, held_out, params, Silent(), skipped, work / "int8")
     figures: dict[str, Any] = {"train_loss": loss}
     figures["round_trip_max_logit_diff"] = round_trip(merged, export / HF, work)
     if importlib.util.find_spec("lm_eval") and not quick:

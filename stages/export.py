@@ -30,11 +30,13 @@ def export() -> None:
     progress = console_progress()
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it looks up nothing
     texts = held_out_texts()
-    sources = [paths.LORA_MERGED, paths.LORA_ADAPTER, paths.SFT, paths.CLEAN]
+    sources = [paths.LORA_MERGED, paths.LORA_ADAPTER, paths.SFT, paths.INT8, paths.CLEAN]
     adapter = Adapter(paths.SFT, paths.LORA_ADAPTER)
     with build_artifact(paths.EXPORT, kind="export", made_from=sources, config=params) as draft:
         skipped = write_bundle(paths.LORA_MERGED, draft.path, params, progress, adapter)
-        proof = prove_bundle(paths.LORA_MERGED, draft.path, texts, params, progress, skipped)
+        proof = prove_bundle(
+            paths.LORA_MERGED, draft.path, texts, params, progress, skipped, paths.INT8
+        )
         draft.info["skipped"] = skipped
         Console(stderr=True).print(parity_table(proof, params.max_logit_diff))
         for line in missing_lines(proof):

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from stages.runner import console_progress, run_stage
 from tinyllm import paths
 from tinyllm.artifact import build_artifact
@@ -11,6 +9,7 @@ from tinyllm.evaluation.loss import evaluate_stream
 from tinyllm.model.directory import COPIED, WEIGHTS, load_model
 from tinyllm.model.transformer import Transformer
 from tinyllm.params import load_params
+from tinyllm.quantization.calibration import read_windows
 from tinyllm.quantization.directory import save_int8_model
 from tinyllm.quantization.gate import QuantizeParams, check_gate
 from tinyllm.quantization.int8 import quantize_model
@@ -34,6 +33,8 @@ def quantize() -> None:
     model, source = load_model(paths.LORA_MERGED), paths.LORA_MERGED
     val = TokenShards.open(paths.TOKENS, "val", None)  # the lineage guard knows the tokenizer
     seq_len = min(params.seq_len, model.config.max_seq_len)
+    train = TokenShards.open(paths.TOKENS, "train", None)
+    sample = read_windows(train.stream, params.calibration_tokens, seq_len)
 
     def evaluate(candidate: Transformer) -> float:
         sizes = {"seq_len": seq_len, "batch_tokens": BATCH_TOKENS}
@@ -43,15 +44,15 @@ def quantize() -> None:
     with build_artifact(
         paths.INT8, kind="int8", made_from=inputs, config=params, copies=copies
     ) as draft:
-        int8 = quantize_model(model)
+        int8 = quantize_model(model, sample_BT=sample)
         before, after = evaluate(model), evaluate(int8)
         progress.say(f"val_bpb {before:.4f} before, {after:.4f} in INT8")
-        check_gate(model, before, after, params.max_bpb_increase_share, evaluate)
+        check_gate(model, before, after, params.max_bpb_increase_share, evaluate, sample)
         save_int8_model(int8, draft.path)
-    ids = torch.from_numpy(val.stream.read(0, min(seq_len, val.n_tokens)).astype("int64"))
     bpb = {"val_bpb_before": before, "val_bpb": after, "val_bpb_increase_share": after / before - 1}
     sizes = {**model_bytes(model), "int8_bytes": (paths.INT8 / WEIGHTS).stat().st_size}
-    layers = measure_outputs(model, int8, ids[None])
+    held_out = read_windows(val.stream, seq_len, min(seq_len, val.n_tokens))
+    layers = measure_outputs(model, int8, held_out)
     write_metrics(paths.REPORTS, "quantize", {**bpb, **sizes, "layers": layers})
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from tiny_dirs import write_model_dir
 from tiny_text import made_up_text
 
 from tinyllm.artifact import build_artifact
 from tinyllm.cli import app, main
 from tinyllm.export.hf import write_hf
+from tinyllm.inference.cache import KVCache
 
 COMMAND = [sys.executable, "-m", "tinyllm.cli"]
 ENVIRONMENT = {**os.environ, "TINYLLM_DEVICE": "cpu", "TINYLLM_THREADS": "1", "TERM": "dumb"}
@@ -72,6 +74,24 @@ def test_a_draft_changes_no_text(run, model_dir):
     refused = run("generate", model_dir, *settings, "--draft", "magic")
     assert (refused.code, refused.stderr.count("\n")) == (2, 1)
     assert "lookup, int8, layers" in refused.stderr
+
+
+def test_the_cache_is_kept_as_told(run, model_dir, monkeypatch):
+    formats = []
+
+    def kept(config, batch_size, max_len, dtype, device):
+        formats.append(dtype)
+        return KVCache(config, batch_size, max_len, dtype, device)
+
+    monkeypatch.setattr("tinyllm.inference.generate.KVCache", kept)
+    for option in ([], ["--cache", "int8"], ["--cache", "bf16"]):
+        assert run("generate", model_dir, "hello", "--max-tokens", 3, *option).code == 0
+    assert formats == [torch.float32, torch.int8, torch.bfloat16]
+    refused = run("chat", model_dir, "--cache", "int4")
+    assert (refused.code, refused.stderr) == (
+        2,
+        "error: --cache: 'int4' is not one of fp32, bf16, int8\n",
+    )
 
 
 def test_serve_refuses_settings_by_the_names_of_its_options(run, model_dir):
@@ -227,9 +247,9 @@ def test_plan_tells_what_the_shipped_run_costs(run, monkeypatch):
 def test_the_options_are_frozen():
     """A knob belongs into params.yaml, where DVC sees it; these are settings of one call."""
     sampling = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
-    sampling |= {"max_tokens", "model_dir"}
+    sampling |= {"max_tokens", "model_dir", "cache"}
     serving = {"model_dir", "host", "port", "system", "slots", "queue", "chunk_tokens"}
-    serving |= {"max_tokens", "max_seconds", "max_body_bytes", "grace_seconds"}
+    serving |= {"max_tokens", "max_seconds", "max_body_bytes", "grace_seconds", "cache"}
     options = {
         command.callback.__name__: set(command.callback.__annotations__) - {"return"}
         for command in app.registered_commands

@@ -38,6 +38,10 @@ MinP = Annotated[float, typer.Option(help="Refuse tokens below this share of the
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: avoid tokens said before.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest text in tokens.")]
+Cache = Annotated[
+    str | None,
+    typer.Option(help="Keys and values in fp32, bf16 or int8; else as weights, beside INT8 bf16."),
+]
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -73,10 +77,11 @@ def generate(
     draft: Annotated[
         str | None, typer.Option(help="Guess ahead, same text: lookup, int8 or layers.")
     ] = None,
+    cache: Cache = None,
 ) -> None:
     """Continue a text; only what is new is printed."""
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
-    session = _open(model_dir)
+    session = _open(model_dir, cache)
     guesses = None if draft is None else _draft(draft, session, sampling)
     show(session.continue_text(prompt, sampling, guesses))
 
@@ -92,10 +97,11 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
     max_tokens: MaxTokens = 200,
+    cache: Cache = None,
 ) -> None:
     """Talk to a model; questions may also come from a pipe, one per line."""
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
-    session = _open(model_dir)
+    session = _open(model_dir, cache)
     conversation = session.converse(system)
     if sys.stdin.isatty():
         typer.echo(f"{session.description}; {HELP}", err=True)
@@ -131,6 +137,7 @@ def serve(
     max_seconds: Annotated[float, typer.Option(help="Longest time per call.")] = 300.0,
     max_body_bytes: Annotated[int, typer.Option(help="Largest body of a call.")] = 1_000_000,
     grace_seconds: Annotated[int, typer.Option(help="For running answers at the end.")] = 10,
+    cache: Cache = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, with a chat page; TINYLLM_API_KEY locks it."""
     from tinyllm.serving.calls import Limits
@@ -153,20 +160,25 @@ def serve(
         )
     except ValueError as error:
         raise _by_options(error) from None
-    run_server(_open(model_dir), settings, lambda line: typer.echo(line, err=True))
+    run_server(_open(model_dir, cache), settings, lambda line: typer.echo(line, err=True))
 
 
 app.registered_commands += workshop.registered_commands  # behind ours in `tinyllm --help`
 
 
-def _open(directory: Path) -> "Session":
-    """Open a model directory of any kind where `TINYLLM_DEVICE` says."""
+def _open(directory: Path, cache: str | None) -> "Session":
+    """Open a model directory of any kind where `TINYLLM_DEVICE` says, with the cache asked for."""
+    from tinyllm.inference.generate import CACHES
     from tinyllm.inference.session import open_session
     from tinyllm.quantization.load import load_any_model
     from tinyllm.training.precision import choose_device, use_threads
 
+    if cache is not None and cache not in CACHES:
+        raise ParamsError(f"--cache: {cache!r} is not one of {', '.join(CACHES)}")
     use_threads()
-    return open_session(directory, load_any_model, choose_device())
+    session = open_session(directory, load_any_model, choose_device())
+    session.model.cache_dtype = None if cache is None else CACHES[cache]
+    return session
 
 
 def _draft(kind: str, session: "Session", sampling: "SamplingParams") -> "Draft":

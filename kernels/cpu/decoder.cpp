@@ -1,5 +1,5 @@
-// The pass of decoder.h: phases that all threads go through together, each with its share of the
-// outputs. The arithmetic is that of the chosen instruction set.
+// The pass of decoder.h: phases that all threads go through together, sharing the outputs. The arithmetic
+// is that of the chosen instruction set.
 #include "decoder.h"
 
 #include <sys/mman.h>
@@ -126,7 +126,7 @@ class Pass {
         own_(Carver{rows.own + rows.own_bytes * static_cast<size_t>(team.thread)}, rows.widest, rows.longest()) {}
 
   void run() {
-    for (int64_t i = team_.begin(r_.n); i < team_.end(r_.n); ++i) embed(i);
+    team_.share(r_.n, [&](int64_t row) { embed(row); });
     team_.meet();
     for (int64_t l = 0; l < m_.n_layers; ++l) {
       const Layer& layer = m_.layers[l];
@@ -178,29 +178,32 @@ class Pass {
       quantize_row(x, k, norm, own_.q, own_.scale);
       return {own_.q, own_.scale, r_.widest};
     }
-    for (int64_t i = team_.begin(r_.n); i < team_.end(r_.n); ++i)
-      quantize_row(x + i * stride, k, norm, r_.inputs.q + i * r_.widest, r_.inputs.scale + i);
+    team_.share(r_.n, [&](int64_t row) {
+      quantize_row(x + row * stride, k, norm, r_.inputs.q + row * r_.widest, r_.inputs.scale + row);
+    });
     team_.meet();
     return r_.inputs;
   }
 
-  // y = inputs W^T, this thread's outputs.
+  // y = inputs W^T.
   void multiply(const Weight& w, const Inputs& in, float* y, int64_t y_stride) {
     const int64_t panels = round_up(w.n, kPanel) / kPanel;
-    for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
+    team_.share(panels, [&](int64_t p) {
       isa_.tile(in.q, in.stride, in.scale, r_.n, w, p * kPanel, y + p * kPanel, y_stride);
+    });
   }
 
   // The same in tiles: finish(row, output, tile row) for each row of each panel.
   template <class Finish>
   void multiply_tiles(const Weight& w, const Inputs& in, Finish finish) {
     const int64_t panels = round_up(w.n, kPanel) / kPanel;
-    for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
+    team_.share(panels, [&](int64_t p) {
       for (int64_t i = 0; i < r_.n; i += kRowsPerTile) {
         const int64_t rows = std::min(kRowsPerTile, r_.n - i), first = p * kPanel;
         isa_.tile(in.q + i * in.stride, in.stride, in.scale + i, rows, w, first, own_.tile, kPanel);
         for (int64_t j = 0; j < rows; ++j) finish(i + j, first, own_.tile + j * kPanel);
       }
+    });
   }
 
   void add_product(const Weight& w, const Inputs& in) {
@@ -211,7 +214,9 @@ class Pass {
 
   void gate(const Weight& w, const Inputs& in) {
     multiply_tiles(w, in, [&](int64_t row, int64_t first, const float* tile) {
-      isa_.swiglu(tile, tile + 32, 32, r_.hidden + row * r_.padded_ff + first / 2);
+      float* hidden = r_.hidden + row * r_.padded_ff + first / 2;
+      isa_.swiglu(tile, tile + kHadamard, kHadamard, hidden);
+      if (first / 2 + kHadamard <= m_.d_ff) isa_.hadamard(hidden);  // a shorter last block stays
     });
   }
 
@@ -219,19 +224,25 @@ class Pass {
     return layer * t_.layer_stride + r_.places[row].sequence * t_.sequence_stride + group * t_.head_stride;
   }
 
-  void store(void* cache, int64_t offset, const float* x) const {
-    if (t_.is_bf16) {
-      auto* to = static_cast<uint16_t*>(cache) + offset;
-      for (int64_t i = 0; i < m_.d_head; ++i) to[i] = to_bf16(x[i]);
-    } else {
-      std::memcpy(static_cast<float*>(cache) + offset, x, static_cast<size_t>(m_.d_head) * sizeof(float));
+  void store(void* cache, float* scale, int64_t offset, const float* x) const {
+    switch (t_.stored) {
+      case Stored::kFloat:
+        std::memcpy(static_cast<float*>(cache) + offset, x, static_cast<size_t>(m_.d_head) * sizeof(float));
+        return;
+      case Stored::kBf16: {
+        auto* to = static_cast<uint16_t*>(cache) + offset;
+        for (int64_t i = 0; i < m_.d_head; ++i) to[i] = to_bf16(x[i]);
+        return;
+      }
+      case Stored::kInt8:
+        scale[offset / t_.position_stride] = isa_.quantize(x, m_.d_head, static_cast<int8_t*>(cache) + offset, 0);
     }
   }
 
   // Norm and rotation of queries and keys; keys and values go into the cache.
   void turn_and_store(const Layer& layer, int64_t l) {
     const int64_t heads = m_.n_heads + 2 * m_.n_kv_heads;
-    for (int64_t i = team_.begin(r_.n * heads); i < team_.end(r_.n * heads); ++i) {
+    team_.share(r_.n * heads, [&](int64_t i) {
       const int64_t row = i / heads, head = i % heads, position = r_.places[row].position;
       float* x = r_.qkv + row * r_.n_qkv + head * m_.d_head;
       const int64_t key = head - m_.n_heads, value = key - m_.n_kv_heads;
@@ -241,39 +252,43 @@ class Pass {
         const int64_t angle = position * (m_.d_head / 2);
         isa_.rotate(x, m_.cosines + angle, m_.sines + angle, m_.d_head / 2);
       }
-      if (key < 0) continue;
+      if (key < 0) return;
       const int64_t offset = cache_offset(l, row, value < 0 ? key : value) + position * t_.position_stride;
-      store(value < 0 ? t_.keys : t_.values, offset, x);
-    }
+      store(value < 0 ? t_.keys : t_.values, value < 0 ? t_.key_scale : t_.value_scale, offset, x);
+    });
   }
 
   void attend(const Layer& layer, int64_t l) {
     const int64_t group = m_.n_heads / m_.n_kv_heads;
-    // Heads outside, so that a head's keys stay in the cache for all rows; a row's work grows with
-    // its position, but every thread gets all rows of its heads.
-    for (int64_t task = team_.begin(m_.n_heads * r_.n); task < team_.end(m_.n_heads * r_.n); ++task) {
+    // Heads outside, so that a head's keys stay in the cache for all rows.
+    team_.share(m_.n_heads * r_.n, [&](int64_t task) {
       const int64_t head = task / r_.n, row = task % r_.n;
       const int64_t n_keys = r_.places[row].position + 1;
       const int64_t skipped = layer.window > 0 ? std::max<int64_t>(0, n_keys - layer.window) : 0;
       const int64_t offset = cache_offset(l, row, head / group) + skipped * t_.position_stride;
-      const int64_t bytes = t_.is_bf16 ? 2 : 4;
+      const int64_t bytes = t_.stored == Stored::kFloat ? 4 : t_.stored == Stored::kBf16 ? 2 : 1;
+      const int64_t first = t_.stored == Stored::kInt8 ? offset / t_.position_stride : 0;
       const CachedHead cached = {static_cast<const char*>(t_.keys) + offset * bytes,
                                  static_cast<const char*>(t_.values) + offset * bytes,
-                                 t_.position_stride, n_keys - skipped, t_.is_bf16 != 0};
+                                 t_.key_scale + first, t_.value_scale + first,
+                                 t_.position_stride, n_keys - skipped, t_.stored};
       isa_.attend(r_.qkv + row * r_.n_qkv + head * m_.d_head, cached, m_.d_head, own_.scores,
                   r_.attended + (row * m_.n_heads + head) * m_.d_head);
-    }
+    });
   }
 
   void finish() {
-    if (t_.hidden != nullptr)
-      for (int64_t i = team_.begin(r_.n); i < team_.end(r_.n); ++i)
-        isa_.rms_norm(r_.x + i * m_.d, m_.norm, m_.d, m_.eps, t_.hidden + (r_.first + i) * m_.d);
+    if (t_.hidden != nullptr) {
+      team_.share(r_.n, [&](int64_t row) {
+        isa_.rms_norm(r_.x + row * m_.d, m_.norm, m_.d, m_.eps, t_.hidden + (r_.first + row) * m_.d);
+      });
+      team_.meet();
+    }
     if (t_.logits == nullptr) return;
     const Weight& w = *m_.head;
     const int64_t panels = round_up(w.n, kPanel) / kPanel;
     const Inputs in = quantize(r_.x, m_.d, m_.d, m_.norm);
-    for (int64_t p = team_.begin(panels); p < team_.end(panels); ++p)
+    team_.share(panels, [&](int64_t p) {
       for (int64_t i = 0; i < r_.n; ++i) {  // rows that are a sequence's last
         if (!r_.places[i].is_last) continue;
         const int64_t rows = t_.n_tokens == 1 ? r_.n - i : 1;
@@ -281,6 +296,7 @@ class Pass {
                   t_.logits + r_.places[i].sequence * w.n + p * kPanel, w.n);
         i += rows - 1;
       }
+    });
   }
 };
 

@@ -1,9 +1,11 @@
 // Tokens through a whole transformer with INT8 weights in one call, called from tinyllm/ops/decoder.py.
 //
 //   x = E[id]      per layer:  q, k, v = W_qkv norm(x);  q, k = rope(norm(q)), rope(norm(k)); k, v to the cache
-//                              x += W_o attention(q, K, V);  x += W_down(silu(g) * u), (g, u) = W_gu norm(x)
+//                              x += W_o attention(q, K, V);  x += W_down R(silu(g) * u), (g, u) = W_gu norm(x)
 //   logits = W_head norm(x)
 //
+// R rotates each 32 neighbours by their Hadamard matrix; W_down is stored as W R^T, so nothing changes but
+// that no single large number decides the scale of the row.
 // A row is one token of one sequence. Every number of a row has one order of computing, whatever the
 // other rows, the threads and the instruction set: a prompt at once, in parts or token by token,
 // alone or in a batch, gives the same bits.
@@ -37,8 +39,9 @@ struct Tokens {
   const int64_t* ids;                // [sequences][tokens]
   const int64_t* starts;             // [sequences]: how many positions are cached before
   void *keys, *values;               // the cache; strides in numbers, K numbers lie together
+  float *key_scale, *value_scale;    // of INT8, else null; strides are those of the numbers / position_stride
   int64_t layer_stride, sequence_stride, head_stride, position_stride;
-  int64_t is_bf16;                   // what the cache holds, else fp32
+  Stored stored;                     // what the cache holds
   float* hidden;                     // [sequences][tokens][D], normalised; or null
   float* logits;                     // [sequences][V] after the last token; or null
   int64_t n_sequences, n_tokens;

@@ -3,7 +3,7 @@
 // Each sum has 16 partial sums that are added in one fixed order, and no product is contracted into
 // a sum, so all instruction sets give the same bits. Everything is static: see w8a8.h.
 #pragma once
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -15,6 +15,7 @@ namespace {
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
 typedef uint16_t ShortLanes __attribute__((vector_size(32)));
+typedef int8_t ByteLanes __attribute__((vector_size(16)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
 
@@ -43,6 +44,28 @@ typedef float Four __attribute__((vector_size(16)));
     __builtin_memcpy(&halves, x, static_cast<size_t>(n) * sizeof(uint16_t));
   }
   return (Lanes)(__builtin_convertvector(halves, IntLanes) << 16);
+}
+
+// INT8, without its scale.
+[[gnu::always_inline]] inline Lanes load(const int8_t* x, int64_t n) {
+  ByteLanes bytes = {};
+  if (n >= kLanes) {
+    __builtin_memcpy(&bytes, x, sizeof bytes);
+  } else {
+    __builtin_memcpy(&bytes, x, static_cast<size_t>(n));
+  }
+#if defined(__AVX512F__)  // GCC 12 goes through memory
+  return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+#elif defined(__AVX2__)
+  const __m128i half = (__m128i)bytes;
+  const __m256 eight[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half)),
+                           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(half, 8)))};
+  Lanes lanes;
+  __builtin_memcpy(&lanes, eight, sizeof lanes);
+  return lanes;
+#else
+  return __builtin_convertvector(bytes, Lanes);
+#endif
 }
 
 // Two calls of memcpy: with one of variable size even whole vectors go through memory.
@@ -206,20 +229,29 @@ template <int64_t D, class T>
   const auto* values = static_cast<const T*>(cached.values);
   const int64_t n_keys = cached.n_keys, stride = cached.stride;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d_head));
+  constexpr bool is_int8 = sizeof(T) == 1;
   int64_t s = 0;
   for (; s + kLanes <= n_keys; s += kLanes) {
     for (int64_t key = s; key < s + kLanes; ++key)  // their values are wanted next
       for (int64_t line = 0; line < d_head; line += 64 / static_cast<int64_t>(sizeof(T)))
         __builtin_prefetch(values + key * stride + line);
-    store(scores + s, dot_with_16(q, keys + s * stride, stride, d_head) * scale, kLanes);
+    Lanes some = dot_with_16(q, keys + s * stride, stride, d_head);
+    if constexpr (is_int8) some *= load(cached.key_scale + s, kLanes);
+    store(scores + s, some * scale, kLanes);
   }
-  for (; s < n_keys; ++s) scores[s] = dot(q, keys + s * stride, d_head) * scale;
+  for (; s < n_keys; ++s) {
+    float one = dot(q, keys + s * stride, d_head);
+    if constexpr (is_int8) one *= cached.key_scale[s];
+    scores[s] = one * scale;
+  }
   const float most = largest(scores, n_keys);
   Lanes total = {};
   for (s = 0; s < n_keys; s += kLanes) {
     const int64_t n = n_keys - s;
     store(scores + s, exp_lanes(load(scores + s, n) - most), n);
-    total += load(scores + s, n);
+    const Lanes weights = load(scores + s, n);
+    total += weights;
+    if constexpr (is_int8) store(scores + s, weights * load(cached.value_scale + s, n), n);
   }
   const float factor = 1.0f / sum_lanes(total);
   int64_t i = 0;
@@ -242,11 +274,33 @@ template <class T>
 }
 
 void attend(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y) {
-  if (cached.is_bf16) {
-    attend_typed<uint16_t>(q, cached, d_head, scores, y);
-  } else {
-    attend_typed<float>(q, cached, d_head, scores, y);
+  switch (cached.stored) {
+    case Stored::kFloat: return attend_typed<float>(q, cached, d_head, scores, y);
+    case Stored::kBf16: return attend_typed<uint16_t>(q, cached, d_head, scores, y);
+    case Stored::kInt8: return attend_typed<int8_t>(q, cached, d_head, scores, y);
   }
+}
+
+// Lanes that are STRIDE apart: their sum in the first, the first less the second in the second.
+template <int STRIDE>
+[[gnu::always_inline]] inline Lanes butterfly(Lanes x) {
+  IntLanes partner, flip;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    partner[i] = i ^ STRIDE;
+    flip[i] = i & STRIDE ? INT32_MIN : 0;  // the sign bit
+  }
+  return __builtin_shuffle(x, partner) + (Lanes)((IntLanes)x ^ flip);
+}
+
+[[gnu::always_inline]] inline Lanes hadamard_16(Lanes x) {
+  return butterfly<1>(butterfly<2>(butterfly<4>(butterfly<8>(x)))) * 0.17677669529663687f;  // 1 / sqrt(32)
+}
+
+void hadamard(float* x) {
+  const Lanes a = load(x, kLanes), b = load(x + kLanes, kLanes);
+  store(x, hadamard_16(a + b), kLanes);
+  store(x + kLanes, hadamard_16(a - b), kLanes);
 }
 
 void swiglu(const float* gate, const float* up, int64_t n, float* y) {

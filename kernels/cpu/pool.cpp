@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kPause = 1 << 12;      // looks at a barrier before sleeping, about 60 us
 constexpr int kIdlePause = 1 << 13;  // looks for new work: longer than Python needs between tokens
-constexpr int kMaxThreads = 255;
 
 using Clock = std::chrono::steady_clock;
 constexpr Clock::duration kLate = std::chrono::milliseconds(1);  // a scheduler's slice is longer
@@ -83,6 +82,7 @@ void Barrier::meet(int size) {
   const int round = round_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     arrived_.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < size; ++i) taken_[i].count.store(0, std::memory_order_relaxed);
     round_.store(round + 1, std::memory_order_release);
     round_.notify_all();
   } else {

@@ -12,6 +12,7 @@ constexpr int64_t kGroup = 4;          // inputs of one output that lie together
 constexpr int64_t kBlockBytes = kLanes * kGroup;      // one block: one AVX-512 register
 constexpr int64_t kBlocksPerPanel = 4;                // blocks that are read as one stream
 constexpr int64_t kPanel = kLanes * kBlocksPerPanel;  // outputs that one tile computes
+constexpr int64_t kHadamard = 32;    // inputs of down_proj that are rotated together
 constexpr int64_t kMaxK = 65536;     // K * 255 * 127 < 2^31, so no int32 sum overflows
 
 // Rows with a smaller largest magnitude count as zero: 127 / absmax would leave the range of float.
@@ -32,12 +33,16 @@ inline int64_t panel_blocks(int64_t n, int64_t first) {
   return blocks < kBlocksPerPanel ? blocks : kBlocksPerPanel;
 }
 
+// What keys and values are stored as; in INT8 by `Isa::quantize`, the row is a head's K numbers.
+enum class Stored : int64_t { kFloat, kBf16, kInt8 };
+
 // The keys and values that one head of one query sees.
 struct CachedHead {
-  const void *keys, *values;  // fp32 or bf16; the numbers of a position lie together
+  const void *keys, *values;  // the numbers of a position lie together
+  const float *key_scale, *value_scale;  // [n_keys], with INT8; else not read
   int64_t stride;             // numbers from one position to the next
   int64_t n_keys;
-  bool is_bf16;
+  Stored stored;
 };
 
 // One instruction set.
@@ -63,11 +68,15 @@ struct Isa {
   // Turns the pairs (x[i], x[half + i]) by the angles with these cosines and sines, in place.
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
 
-  // y = softmax(q K^T / sqrt(d_head)) V for one query; `scores` has room for n_keys numbers.
+  // y = softmax(q K^T / sqrt(d_head)) V for one query; `scores` has room for n_keys numbers. A scale
+  // of INT8 multiplies its key's score and its value's weight: once a position, not once a number.
   void (*attend)(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y);
 
   // y = gate / (1 + exp(-gate)) * up.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+
+  // x = H x / sqrt(32) for kHadamard numbers, H their Walsh-Hadamard matrix.
+  void (*hadamard)(float* x);
 };
 
 // Defined in one translation unit each, because each has its own compiler flags. Those units use

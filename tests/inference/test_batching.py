@@ -47,10 +47,12 @@ def answer(request: Request) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("cache", [None, torch.int8])
 @pytest.mark.parametrize("shared", [0, 12])
-def test_together_equals_one_by_one(kind, shared):
+def test_together_equals_one_by_one(kind, cache, shared):
     model = tiny_model(d=64, n_heads=2, n_kv_heads=1, d_head=32)
     model = quantize_model(model) if kind == "int8" else model
+    model.cache_dtype = cache
     asked = prompts(14, shared=shared)
     requests = [Request(prompt_ids=ids, sampling=GREEDY) for ids in asked]
     run(engine(model), requests, random.Random(1))
@@ -95,8 +97,10 @@ def test_a_seed_gives_the_same_text_alone_and_in_company():
         assert answer(request) == list(generate(model, request.prompt_ids, request.sampling, {0}))
 
 
-def test_a_prefix_changes_no_token_and_is_not_read_again(monkeypatch):
+@pytest.mark.parametrize("cache", [None, torch.int8])
+def test_a_prefix_changes_no_token_and_is_not_read_again(monkeypatch, cache):
     model = tiny_model()
+    model.cache_dtype = cache
     asked = prompts(5, shared=20)
     prefix = compute_prefix(model, asked[0][:20])
     e = engine(model, prefixes=[prefix])

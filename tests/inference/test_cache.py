@@ -4,6 +4,14 @@ from tiny_lm import VOCAB, tiny_config, tiny_model
 
 from tinyllm.errors import DataError
 from tinyllm.inference.cache import KVCache
+from tinyllm.inference.stored import Stored
+from tinyllm.model.sizes import MlaSizes
+from tinyllm.ops.reference import quantize_per_row
+
+LATENT = {
+    "mla": MlaSizes(q_rank=None, kv_rank=24, d_nope=8, d_rope=4, d_v=12),
+    **{"d_head": 12, "qk_norm": False, "n_kv_heads": 4},
+}
 
 
 def cached_logits(model, ids_BT, chunks, dtype=None):
@@ -50,12 +58,55 @@ def test_bf16_cache_is_close_and_half_the_size():
     assert sizes == [2 * 2 * 2 * 8 * 24 * 4, 2 * 2 * 2 * 8 * 24 * 2]
 
 
-def test_stored_bytes_are_as_told():
-    cache = KVCache(tiny_config(), 3, 16, torch.float32, "cpu")
-    stored = sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer._k, layer._v)
-    )
-    assert stored == KVCache.n_bytes(tiny_config(), 3, 16, torch.float32)
+class Rounded:
+    """What an INT8 cache is by definition: whole rows of fp32, rounded when they come."""
+
+    def __init__(self, model):
+        self._model, self.layers = model, [self.Layer() for _ in model.layers]
+        self._length = 0
+
+    def plan(self, n_tokens):
+        start, self._length = self._length, self._length + n_tokens
+        positions = torch.arange(start, self._length)
+        return positions, torch.arange(self._length) <= positions[:, None]
+
+    class Layer:
+        def __init__(self):
+            self.parts = [], []
+
+        def append(self, *new):
+            for part, x in zip(self.parts, new, strict=True):
+                q, scale = quantize_per_row(x)
+                part.append(q * scale[..., None])
+            return tuple(torch.cat(part, dim=2) for part in self.parts)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunks", [[1] * 24, [10] + [1] * 14, [7, 9, 8]])
+@pytest.mark.parametrize("kind", [{}, LATENT], ids=["grouped", "latent"])
+def test_int8_cache_is_the_rounded_one_and_close(kind, chunks):
+    model = tiny_model(**kind)
+    ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
+    ours, by_hand = cached_logits(model, ids, chunks, torch.int8), Rounded(model)
+    parts = [model(part, cache=by_hand) for part in ids.split(chunks, dim=1)]
+    torch.testing.assert_close(ours, torch.cat(parts, dim=1), rtol=1e-4, atol=1e-4)
+    # a row's numbers are at most half a step off, 1/254 of the largest, twice per layer
+    full = model(ids)
+    assert 0 < (ours - full).abs().max() < 4 * model.config.n_layers / 254 * full.abs().max()
+
+
+def test_int8_takes_half_of_bf16_and_the_scales():
+    config = tiny_config(d_head=64)
+    bf16, int8 = (KVCache.n_bytes(config, 3, 16, t) for t in (torch.bfloat16, torch.int8))
+    rows = 2 * config.n_layers * config.n_kv_heads * 3 * 16
+    assert int8 == bf16 / 2 + 4 * rows == rows * 68
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_stored_bytes_are_as_told(dtype):
+    cache = KVCache(tiny_config(), 3, 16, dtype, "cpu")
+    tensors = [t for layer in cache.layers for part in layer.memory for t in part.tensors]
+    assert sum(t.nbytes for t in tensors) == KVCache.n_bytes(tiny_config(), 3, 16, dtype)
 
 
 def test_plan_makes_no_mask_where_none_is_needed():
@@ -92,3 +143,11 @@ def test_overflow_is_told_in_one_line():
         model(torch.tensor([[1, 2]]), cache=cache)
     with pytest.raises(DataError, match="cache of 49 tokens is longer than .* 48"):
         KVCache(model.config, 1, 49, torch.float32, "cpu")
+
+
+def test_stored_numbers_of_another_format_are_refused():
+    int8, bf16 = (Stored.zeros(2, 5, 8, dtype=t) for t in (torch.int8, torch.bfloat16))
+    with pytest.raises(ValueError, match="zip"):
+        bf16[:, :3] = int8[:, :3]
+    with pytest.raises(ValueError, match="zip"):
+        int8[:, :3] = bf16[:, :3]

@@ -24,10 +24,11 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @torch.inference_mode()
-def test_logits_are_those_of_the_growing_cache(kind):
+def test_logits_are_those_of_the_growing_cache(kind, dtype):
     model = tiny_model(**KINDS[kind])
-    grown, fixed = (KVCache(model.config, 1, 24, torch.float32, "cpu") for _ in range(2))
+    grown, fixed = (KVCache(model.config, 1, 24, dtype, "cpu") for _ in range(2))
     for cache in (grown, fixed):
         model.hidden(IDS[None, :4], cache=cache)
     step = DecodeStep(model, fixed)

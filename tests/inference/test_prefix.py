@@ -8,6 +8,7 @@ from tinyllm.artifact import load_manifest
 from tinyllm.errors import ArtifactError, DataError
 from tinyllm.inference.prefix import TENSORS, load_prefix, open_prefix, prefix_key, system_prefix
 from tinyllm.inference.session import open_session
+from tinyllm.ops.reference import quantize_per_row
 from tinyllm.quantization.load import load_any_model
 from tinyllm.tokenizer.chat import Message
 
@@ -36,13 +37,30 @@ def test_it_is_computed_once_and_equals_a_full_pass(tmp_path, sessions):
     again, how = opened(tmp_path, session)
     assert how == "loaded"
     assert again.ids == made.ids == tuple(IDS)
-    assert torch.equal(again.keys, made.keys)
-    assert torch.equal(again.values, made.values)
+    assert torch.equal(again.keys.numbers, made.keys.numbers)
+    assert torch.equal(again.values.numbers, made.values.numbers)
     first = session.model.layers[0]
     with torch.inference_mode():
         x = first.input_layernorm(session.model.embed_tokens(torch.tensor([IDS])))
         values = first.self_attn.v_proj(x).view(4, 1, 32).transpose(0, 1)
-    assert torch.allclose(again.values[0], values, atol=1e-6)
+    assert torch.allclose(again.values[0].numbers, values, atol=1e-6)
+
+
+def test_an_int8_one_keeps_its_scales(tmp_path, sessions, monkeypatch):
+    plain, _ = opened(tmp_path, sessions[0])
+    monkeypatch.setattr(sessions[0].model, "cache_dtype", torch.int8)
+    made, how = opened(tmp_path, sessions[0])
+    assert how == "computed (first use)"
+    again, how = opened(tmp_path, sessions[0])
+    assert how == "loaded"
+    for exact, one, other in (
+        (plain.keys, made.keys, again.keys),
+        (plain.values, made.values, again.values),
+    ):
+        assert all(torch.equal(*pair) for pair in zip(one.tensors, other.tensors, strict=True))
+        numbers, scales = quantize_per_row(exact.numbers[0])
+        assert torch.equal(other.numbers[0], numbers)
+        assert torch.equal(other.scales[0], scales)
 
 
 def test_its_manifest_names_the_model(tmp_path, sessions):
@@ -89,7 +107,7 @@ def test_a_damaged_one_is_computed_again(tmp_path, sessions, damage):
     file.write_bytes(raw)
     again, how = opened(tmp_path, sessions[0])
     assert how.startswith("computed (")
-    assert torch.equal(again.keys, made.keys)
+    assert torch.equal(again.keys.numbers, made.keys.numbers)
     assert opened(tmp_path, sessions[0])[1] == "loaded"
 
 

@@ -54,7 +54,7 @@ def test_cached_decode_equals_full_forward(kind, chunks):
     full = model(ids)
     cache = KVCache(model.config, 2, 24, torch.float32, "cpu")
     cached = torch.cat([model(part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1)
-    stored = sum(t.numel() * 4 for layer in cache.layers for t in (layer._k, layer._v))
+    stored = sum(t.numbers.numel() * 4 for layer in cache.layers for t in layer.memory)
     assert stored == KVCache.n_bytes(model.config, 2, 24, torch.float32)
     exact = model.double()(ids)
     # the full pass's own rounding, measured against fp64, is the yardstick

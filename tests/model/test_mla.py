@@ -62,7 +62,8 @@ def test_the_cache_holds_the_latent_and_the_shared_key_only():
     with torch.inference_mode():
         model(torch.ones(2, 3, dtype=torch.long), cache=cache)
     for layer in cache.layers:
-        assert (layer._k.shape, layer._v.shape) == ((2, 1, 20, 4), (2, 1, 20, 24))
+        shapes = [tuple(part.numbers.shape) for part in layer.memory]
+        assert shapes == [(2, 1, 20, 4), (2, 1, 20, 24)]
     per_head = (
         2 * 4 * 20 * (12 + 12) * 2 * 4
     )  # batch, heads, positions, key and value, layers, fp32

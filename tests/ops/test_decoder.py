@@ -10,7 +10,7 @@ from instruction_sets import isa_fixture
 
 from tinyllm.ops import cpu
 from tinyllm.ops.decoder import Decoder, DecoderWeights, LayerWeights, Room
-from tinyllm.ops.reference import quantize_per_row
+from tinyllm.ops.reference import hadamard, quantize_per_row
 
 EPS, V = 1e-6, 70
 
@@ -72,6 +72,14 @@ def linear(x, weight):
     return (q.double() @ weight[0].double().T) * scale[..., None].double() * weight[1].double()
 
 
+def as_stored(x, dtype):
+    """What a cache gives back of x: rounded, in INT8 a row's numbers in steps of its own."""
+    if dtype is torch.int8:
+        q, scale = quantize_per_row(x.float())
+        return q.double() * scale[..., None].double()
+    return x.to(dtype).double()
+
+
 def attention_by_hand(w, layer, qkv, stored):
     (T, _), K = qkv.shape, w.d_head
     heads = qkv.view(T, -1, K)
@@ -84,7 +92,7 @@ def attention_by_hand(w, layer, qkv, stored):
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
-    q, k, v = turned(q), turned(k).to(stored).double(), v.to(stored).double()
+    q, k, v = turned(q), as_stored(turned(k), stored), as_stored(v, stored)
     k, v = (x.repeat_interleave(w.n_heads // w.n_kv_heads, dim=1) for x in (k, v))
     scores = torch.einsum("thk,shk->hts", q, k) / math.sqrt(K)
     distance = torch.arange(T)[:, None] - torch.arange(T)
@@ -101,21 +109,34 @@ def by_hand(w, ids, stored=torch.float32):
         x = x + linear(attention_by_hand(w, layer, qkv, stored), layer.o)
         normed = rms_norm(x, layer.norm_mlp)
         gate, up = linear(normed, layer.gate), linear(normed, layer.up)
-        x = x + linear(torch.nn.functional.silu(gate) * up, layer.down)
+        x = x + linear(hadamard(torch.nn.functional.silu(gate) * up), layer.down)
     hidden = rms_norm(x, w.norm)
     return hidden, linear(hidden, w.head)
 
 
 def room(w, n_sequences=1, starts=None, dtype=torch.float32, length=300):
-    shape = len(w.layers), n_sequences, w.n_kv_heads, length, w.d_head
-    keys, values = (torch.full(shape, math.nan, dtype=dtype) for _ in range(2))
-    return Room(keys=keys, values=values, starts=starts or [0] * n_sequences)
+    """What is not written yet is NaN: numbers, or the scales of INT8."""
+    shape, scales = (len(w.layers), n_sequences, w.n_kv_heads, length, w.d_head), None
+    unset = 99 if dtype is torch.int8 else math.nan
+    keys, values = (torch.full(shape, unset, dtype=dtype) for _ in range(2))
+    if dtype is torch.int8:
+        scales = torch.full(shape[:-1], math.nan), torch.full(shape[:-1], math.nan)
+    return Room(keys=keys, values=values, scales=scales, starts=starts or [0] * n_sequences)
+
+
+def row_of(room, row, start):
+    """One sequence's part of a room."""
+    keys, values, *scales = (
+        x[:, row : row + 1] for x in (room.keys, room.values, *(room.scales or ()))
+    )
+    return Room(keys=keys, values=values, scales=tuple(scales) or None, starts=[start])
 
 
 def tokens(*shape, seed=3):
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
 
 
+FORMATS = pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8])
 CASES = [
     {},
     {"qk_norm": False, "d_head": 2, "d": 8, "n_kv_heads": 4},
@@ -126,7 +147,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@FORMATS
 def test_equals_the_model_by_hand(isa, case, stored):
     w = weights(**case)
     ids = tokens(1, 37)
@@ -139,7 +160,7 @@ def test_equals_the_model_by_hand(isa, case, stored):
     torch.testing.assert_close(last, logits[-1], **close)
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@FORMATS
 def test_parts_batches_and_threads_do_not_change_a_bit(native, monkeypatch, stored):
     w = weights(d=64, d_head=16, d_ff=176)
     ids = tokens(3, 200)  # more rows than go through the layers together
@@ -150,36 +171,49 @@ def test_parts_batches_and_threads_do_not_change_a_bit(native, monkeypatch, stor
         for row in range(3):
             alone, parts = room(w, dtype=stored), []
             for start, end in ((0, 150), (150, 151), (151, 160), (160, 200)):
-                at = Room(keys=alone.keys, values=alone.values, starts=[start])
+                at = row_of(alone, 0, start)
                 parts.append(decoder.hidden(ids[row : row + 1, start:end], at))
             assert torch.equal(torch.cat(parts, dim=1)[0], whole[row])
 
 
-def test_sequences_of_different_lengths_go_together(native):
+@FORMATS
+def test_sequences_of_different_lengths_go_together(native, stored):
     w = weights(d=64, d_head=16, d_ff=176)
     decoder, lengths, ids = Decoder(w), [7, 1, 100, 40], tokens(4, 102)
-    together = room(w, 4)
+    together = room(w, 4, lengths, dtype=stored)
     expected = []
     for row, n in enumerate(lengths):
-        own = Room(
-            keys=together.keys[:, row : row + 1],
-            values=together.values[:, row : row + 1],
-            starts=[0],
-        )
-        decoder.hidden(ids[row : row + 1, :n], own)
-        expected.append(decoder.logits(ids[row : row + 1, : n + 1], room(w)))
-    at = Room(keys=together.keys, values=together.values, starts=lengths)
+        decoder.hidden(ids[row : row + 1, :n], row_of(together, row, 0))
+        expected.append(decoder.logits(ids[row : row + 1, : n + 1], room(w, dtype=stored)))
     next_ids = torch.stack([ids[row, n] for row, n in enumerate(lengths)])[:, None]
-    assert torch.equal(decoder.logits(next_ids, at), torch.cat(expected))
+    assert torch.equal(decoder.logits(next_ids, together), torch.cat(expected))
 
 
-def test_every_instruction_set_gives_the_same_bits(native, monkeypatch):
-    w, ids, outputs = weights(d=96, d_head=24, d_ff=96), tokens(1, 60), []
+@FORMATS
+@pytest.mark.parametrize("d_head", [24, 64])  # one that is compiled for, one that is not
+def test_every_instruction_set_gives_the_same_bits(native, monkeypatch, stored, d_head):
+    w, ids, outputs = weights(d=96, d_head=d_head, d_ff=96), tokens(1, 60), []
     for number, name in enumerate(cpu.ISAS):
         if cpu.load()[0].tinyllm_isa_supported(number):
             monkeypatch.setenv("TINYLLM_CPU_ISA", name)
-            outputs.append(Decoder(w).hidden(ids, room(w)))
-    assert all(torch.equal(y, outputs[0]) for y in outputs[1:])
+            cache = room(w, dtype=stored, length=60)
+            hidden = Decoder(w).hidden(ids, cache)
+            outputs.append((hidden, cache.keys, cache.values, *(cache.scales or ())))
+    for others in outputs[1:]:
+        assert all(torch.equal(*pair) for pair in zip(others, outputs[0], strict=True))
+
+
+def test_int8_is_stored_by_the_rule_of_the_reference(isa):
+    w, ids = weights(d_head=42), tokens(1, 37)
+    plain, int8 = room(w, length=37), room(w, dtype=torch.int8, length=37)
+    for cache in (plain, int8):
+        Decoder(w).hidden(ids, cache)
+    for exact, numbers, scales in zip(
+        (plain.keys, plain.values), (int8.keys, int8.values), int8.scales, strict=True
+    ):
+        expected = quantize_per_row(exact[0])  # later blocks see what attention made of INT8
+        assert torch.equal(numbers[0], expected[0])
+        assert torch.equal(scales[0], expected[1])
 
 
 def test_what_does_not_fit_is_refused(native):
@@ -194,10 +228,11 @@ def test_what_does_not_fit_is_refused(native):
         decoder.logits(tokens(2, 3), room(w))
 
 
-def test_nan_stays_in_its_sequence(native):
+@FORMATS
+def test_nan_stays_in_its_sequence(native, stored):
     w = weights()
     w.embedding[1][5] = math.nan
-    logits = Decoder(w).logits(torch.tensor([[1, 2], [5, 2]]), room(w, 2))
+    logits = Decoder(w).logits(torch.tensor([[1, 2], [5, 2]]), room(w, 2, dtype=stored))
     assert logits[0].isfinite().all()
     assert logits[1].isnan().all()
 

@@ -207,3 +207,22 @@ def test_unknown_instruction_set_is_told(monkeypatch):
     monkeypatch.setenv("TINYLLM_CPU_ISA", "neon")
     with pytest.raises(TinyllmError, match="neon"):
         cpu.bind_linear_w8a8(*weights(4, 4))
+
+
+def test_hadamard_is_the_rotation_of_its_definition():
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    matrix = two
+    for _ in range(4):
+        matrix = torch.kron(two, matrix)
+    x = torch.randn(3, 2, 75, dtype=torch.float64)
+    expected = x.clone()
+    for start in (0, 32):
+        expected[..., start : start + 32] @= matrix / 32**0.5
+    torch.testing.assert_close(reference.hadamard(x), expected)
+    torch.testing.assert_close(reference.hadamard(reference.hadamard(x)), x)
+
+
+@pytest.mark.parametrize("k", [1, 31, 32])
+def test_hadamard_leaves_a_short_block(k):
+    x = torch.randn(2, k)
+    assert torch.equal(reference.hadamard(x), x) == (k < 32)

@@ -28,18 +28,21 @@ def cached_logits(model, ids, batch=1, dtype=torch.float32):
     return torch.cat(rows, dim=1)
 
 
-def test_one_native_call_equals_layer_by_layer(model, monkeypatch):
+@pytest.mark.parametrize("stored", [torch.float32, torch.int8])
+def test_one_native_call_equals_layer_by_layer(model, monkeypatch, stored):
     if cpu.load()[0] is None:
         pytest.skip("no native kernels here")
     ids = [*PROMPT, *range(40, 70)]
-    native = cached_logits(model, ids)
+    native = cached_logits(model, ids, dtype=stored)
     assert isinstance(model._prepared, Decoder)
     plain = copy.deepcopy(model)  # with nothing prepared
     monkeypatch.setenv("TINYLLM_KERNELS", "reference")
-    layered = cached_logits(plain, ids)
+    layered = cached_logits(plain, ids, dtype=stored)
     assert plain._prepared == NOT_HERE
-    # The same up to fp32 rounding, but where an activation rounds to the next of 254 steps.
+    # The same up to fp32 rounding, but where a number rounds to the next of 254 steps.
     assert (native - layered).norm() / layered.norm() < 5e-3
+    if stored is torch.int8:
+        return
     with torch.inference_mode():
         full = plain(torch.tensor([ids]))[:, 5:]
     assert (native - full).norm() / full.norm() < 5e-3
@@ -61,10 +64,26 @@ def test_slots_and_batches_give_the_same_bits_as_one_sequence(model):
     assert torch.equal(logits[2], one[0, 2])
 
 
+@torch.inference_mode()
+def test_both_ways_leave_the_same_int8_cache(model, monkeypatch):
+    """A cache that one way filled may be read by the other."""
+    if cpu.load()[0] is None:
+        pytest.skip("no native kernels here")
+    native, layered = (KVCache(model.config, 1, 48, torch.int8, "cpu") for _ in range(2))
+    model.hidden(torch.tensor([PROMPT]), cache=native)
+    assert isinstance(model._prepared, Decoder)
+    monkeypatch.setenv("TINYLLM_KERNELS", "reference")
+    copy.deepcopy(model).hidden(torch.tensor([PROMPT]), cache=layered)
+    for kept, expected in zip(native.memory(), layered.memory(), strict=True):
+        for one, other in zip(kept, expected, strict=True):
+            numbers, close = other.to(torch.float32), one.to(torch.float32)
+            assert (close - numbers).norm() / numbers.norm() < 5e-3
+
+
 def test_narrow_caches_work(model):
     ids = [*PROMPT, 7, 8, 9]
     one = cached_logits(model, ids)
-    for dtype in (torch.bfloat16, torch.float16):  # the second one layer by layer
+    for dtype in (torch.bfloat16, torch.int8, torch.float16):  # the last one layer by layer
         narrow = cached_logits(model, ids, dtype=dtype)
         assert (narrow - one).norm() / one.norm() < 0.05
 

@@ -8,7 +8,7 @@ from tiny_lm import tiny_model
 from tinyllm.artifact import build_artifact
 from tinyllm.errors import ArtifactError, GateError
 from tinyllm.model.directory import save_model
-from tinyllm.ops.reference import bind_linear_w8a8
+from tinyllm.ops.reference import bind_linear_w8a8, hadamard
 from tinyllm.quantization.directory import save_int8_model
 from tinyllm.quantization.gate import QuantizeParams, check_gate, rank_kinds
 from tinyllm.quantization.int8 import KINDS, kinds_of, quantize_model
@@ -46,7 +46,7 @@ def test_int8_logits_are_near_and_a_layer_is_the_reference(model):
     assert 0 < (logits - exact).norm() / exact.norm() < 0.1  # four layers of 40 dB, with a margin
     layer = quantized.layers[0].mlp.down_proj
     x = torch.randn(3, 64)
-    expected = bind_linear_w8a8(layer.weight_q, layer.weight_scale)(x)
+    expected = bind_linear_w8a8(layer.weight_q, layer.weight_scale)(hadamard(x))
     assert torch.equal(layer(x), expected)
 
 
@@ -95,7 +95,7 @@ def test_unknown_format_and_unfit_weights_are_refused(model, tmp_path):
     def float_weights(model, directory):
         save_model(model, directory)
         config = directory / "config.json"
-        config.write_text(config.read_text().replace('"float"', '"int8"'))
+        config.write_text(config.read_text().replace('"float"', '"int8-rotated"'))
 
     save(model, tmp_path / "a", as_int4)
     with pytest.raises(ArtifactError, match="int4"):
@@ -174,6 +174,6 @@ def test_the_gate_names_the_layers_that_cost(model):
 
 
 def test_params_refuse_values_out_of_range():
-    with pytest.raises(ValueError, match=r"^seq_len: .*\nmax_bpb_increase_share: ") as caught:
-        QuantizeParams(max_bpb_increase_share=-1.0, seq_len=0)
-    assert len(str(caught.value).splitlines()) == 2
+    with pytest.raises(ValueError, match=r"^seq_len: .*\ncalib.*\nmax_bpb_incr") as caught:
+        QuantizeParams(max_bpb_increase_share=-1.0, seq_len=0, calibration_tokens=-1)
+    assert len(str(caught.value).splitlines()) == 3

@@ -10,9 +10,12 @@ from export_case import write_adapted, write_clean
 
 from stages.export import export
 from tinyllm import paths
-from tinyllm.artifact import load_manifest, verify_files
+from tinyllm.artifact import build_artifact, load_manifest, verify_files
 from tinyllm.errors import GateError, LineageError
 from tinyllm.export import bundle
+from tinyllm.model.directory import load_model
+from tinyllm.quantization.directory import save_int8_model
+from tinyllm.quantization.int8 import quantize_model
 
 PARAMS = """export: {{opset: 20, onnx_fp16: true, onnx_int8: true, onnx_static: host,
   static_chunk: 8, gguf: [f32, q8_0], prompts: 2, prompt_tokens: 16, greedy_tokens: 24,
@@ -33,6 +36,8 @@ def pipeline(tmp_path_factory):
             **{"sft": paths.SFT, "adapter": paths.LORA_ADAPTER, "merged": paths.LORA_MERGED},
         }.items():
             shutil.move(Path("made") / name, place)
+        with build_artifact(paths.INT8, kind="int8", made_from=[paths.LORA_MERGED]) as draft:
+            save_int8_model(quantize_model(load_model(paths.LORA_MERGED)), draft.path)
         export()
         yield Path.cwd()
 
@@ -40,7 +45,7 @@ def pipeline(tmp_path_factory):
 def test_artifact_is_whole_and_knows_its_ancestors(pipeline):
     manifest = load_manifest(paths.EXPORT, "export")
     verify_files(paths.EXPORT, manifest)
-    assert set(manifest.lineage) == {"clean", "lora", "sft", "adapter"}
+    assert set(manifest.lineage) == {"clean", "lora", "sft", "adapter", "int8"}
     names = set(manifest.files)
     assert {"hf/README.md", "hf/model.safetensors", "hf/chat_template.jinja"} < names
     assert {"peft/adapter_model.safetensors", "peft/base/config.json"} < names

@@ -16,7 +16,7 @@ from tinyllm.progress import Silent
 from tinyllm.quantization.load import load_any_model
 from tinyllm.shards.writer import EncodeParams, write_split
 
-LIMIT = "quantize:\n  max_bpb_increase_share: {}\n  seq_len: 48\n"
+LIMIT = "quantize:\n  max_bpb_increase_share: {}\n  seq_len: 48\n  calibration_tokens: 480\n"
 
 
 def make_tokenizer(seed: int) -> None:
@@ -28,16 +28,19 @@ def make_tokenizer(seed: int) -> None:
 def make_tokens() -> None:
     digest = load_manifest(paths.TOKENIZER).digest
     with build_artifact(paths.TOKENS, kind="tokens", made_from=[paths.TOKENIZER]) as draft:
-        entry = write_split(
-            [("play", made_up_text(150))],
-            draft.path,
-            "val",
-            tiny_tokenizer(320),
-            digest,
-            EncodeParams(shard_bytes=10**6),
-            Silent(),
-        )
-        draft.info.update(splits={"val": entry}, vocab_size=320, tokenizer=digest, dtype="uint16")
+        splits = {
+            split: write_split(
+                [("play", made_up_text(150, seed=seed))],
+                draft.path,
+                split,
+                tiny_tokenizer(320),
+                digest,
+                EncodeParams(shard_bytes=10**6),
+                Silent(),
+            )
+            for seed, split in enumerate(("val", "train"))
+        }
+        draft.info.update(splits=splits, vocab_size=320, tokenizer=digest, dtype="uint16")
 
 
 def make_model() -> None:
@@ -67,7 +70,7 @@ def test_the_artifact_and_the_report(pipeline):
     assert set(manifest.files) == {
         *("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
     }
-    assert load_config(paths.INT8)[1] == "int8"
+    assert load_config(paths.INT8)[1] == "int8-rotated"
     metrics = json.loads(Path("reports/quantize/metrics.json").read_text())["quantize"]
     assert metrics["val_bpb_increase_share"] <= 0.05
     assert metrics["val_bpb"] == pytest.approx(metrics["val_bpb_before"], rel=0.05)

@@ -27,6 +27,7 @@ from tinyllm.export.verify import (
 from tinyllm.model.directory import load_model
 from tinyllm.progress import Progress
 from tinyllm.quantization.int8 import quantize_model
+from tinyllm.quantization.load import load_any_model
 from tinyllm.tokenizer.chat import ChatTemplate, Message
 from tinyllm.tokenizer.special import SPECIAL_TOKENS
 from tinyllm.tokenizer.tokenizer import Tokenizer
@@ -92,6 +93,7 @@ def prove_bundle(
     params: ExportParams,
     progress: Progress,
     skipped: Mapping[str, str] | None = None,
+    int8: Path | None = None,
 ) -> Proof:
     """Run every format beside our own model.
 
@@ -102,6 +104,7 @@ def prove_bundle(
         params: how much to compare.
         progress: told what is compared.
         skipped: formats that `write_bundle` could not write, with the reason.
+        int8: the directory of our INT8 model; None: the model is quantised here, without a sample.
     """
     model, tokenizer = load_model(source), Tokenizer.load(source)
     template = ChatTemplate.load(source)
@@ -120,7 +123,8 @@ def prove_bundle(
         references = build_references(model, [*prompts, greeting[:longest]], params.greedy_tokens)
         rows["ours"] = _our_row(references, OurModel(model), exact=True)
         try:
-            rows["ours_int8"] = _our_row(references, OurModel(quantize_model(model)), exact=False)
+            ours_int8 = quantize_model(model) if int8 is None else load_any_model(int8)
+            rows["ours_int8"] = _our_row(references, OurModel(ours_int8), exact=False)
         except DataError as error:
             missing["ours_int8"] = f"not supported: {error}"
         for kind in FORMATS:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.errors import DataError
+from tinyllm.inference.stored import Stored, make_room
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.ops.decoder import Room
 
@@ -17,13 +18,13 @@ from tinyllm.ops.decoder import Room
 class LayerKV:
     """The keys and values of one layer."""
 
-    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor) -> None:
+    def __init__(self, k_BGSK: Stored, v_BGSK: Stored) -> None:
         """Take the memory."""
         self._k, self._v = k_BGSK, v_BGSK
         self.length = 0
 
     @property
-    def memory(self) -> tuple[Tensor, Tensor]:
+    def memory(self) -> tuple[Stored, Stored]:
         """All positions that there is room for, both (B, G, max_len, ...)."""
         return self._k, self._v
 
@@ -53,7 +54,7 @@ class KVCache:
             config: the model's sizes.
             batch_size: rows.
             max_len: positions per row.
-            dtype: of the stored values; narrower than the model's halves the memory.
+            dtype: of the stored values; narrower than the model's takes less memory.
             device: where the model is.
 
         Raises:
@@ -68,8 +69,8 @@ class KVCache:
         self._device = torch.device(device)
         n_heads, d_k, d_v = config.cached
         shape = config.n_layers, batch_size, n_heads, max_len
-        self._k = torch.zeros(*shape, d_k, dtype=dtype, device=self._device)
-        self._v = torch.zeros(*shape, d_v, dtype=dtype, device=self._device)
+        self._k = Stored.zeros(*shape, d_k, dtype=dtype, device=self._device)
+        self._v = Stored.zeros(*shape, d_v, dtype=dtype, device=self._device)
         self.layers = [LayerKV(k, v) for k, v in zip(self._k, self._v, strict=True)]
 
     @property
@@ -101,7 +102,7 @@ class KVCache:
         start, end = self.length, self._end(n_tokens)
         for layer in self.layers:
             layer.length = end
-        return Room(keys=self._k, values=self._v, starts=[start] * self._k.shape[1])
+        return make_room(self._k, self._v, [start] * self._k.numbers.shape[1])
 
     def _end(self, n_tokens: int) -> int:
         """Return the length with the next tokens, which have to fit."""
@@ -113,7 +114,7 @@ class KVCache:
             )
         return end
 
-    def memory(self) -> list[tuple[Tensor, Tensor]]:
+    def memory(self) -> list[tuple[Stored, Stored]]:
         """Return each layer's keys and values with all positions that there is room for."""
         return [layer.memory for layer in self.layers]
 
@@ -131,5 +132,5 @@ class KVCache:
     def n_bytes(config: ModelConfig, batch_size: int, max_len: int, dtype: torch.dtype) -> int:
         """Return the memory that such a cache takes: keys and values of all layers."""
         n_heads, d_k, d_v = config.cached
-        per_position = config.n_layers * n_heads * (d_k + d_v)
-        return batch_size * max_len * per_position * dtype.itemsize
+        rows = batch_size * max_len * config.n_layers * n_heads
+        return Stored.n_bytes(rows, d_k, dtype) + Stored.n_bytes(rows, d_v, dtype)

@@ -17,6 +17,8 @@ from tinyllm.model.transformer import Transformer
 
 StopReason = Literal["stop", "length", "context"]
 """A stop token came, `max_new_tokens` were made, or the model's context is full."""
+CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+"""What keys and values may be kept as, by the names that users write."""
 
 
 class Generation(Iterator[int]):
@@ -127,9 +129,12 @@ def compute_dtype(model: Transformer) -> torch.dtype:
 
 
 def cache_dtype(model: Transformer) -> torch.dtype:
-    """Return what a model's keys and values are stored as: `compute_dtype`, but bf16 beside INT8.
+    """Return what a model's keys and values are stored as.
 
-    In fp32 they are a tenth of what a token of an INT8 model reads; docs/int8.md has the cost.
+    What its `cache_dtype` says, else `compute_dtype`, but bf16 beside INT8: in fp32 they are a
+    tenth of what a token of an INT8 model reads. docs/int8.md has the cost of each.
     """
+    if model.cache_dtype is not None:
+        return model.cache_dtype
     is_int8 = any(buffer.dtype is torch.int8 for buffer in model.buffers())
     return torch.bfloat16 if is_int8 else compute_dtype(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.inference.cache import KVCache
+from tinyllm.inference.stored import Stored
 from tinyllm.model.transformer import Transformer
 
 WARM_UP = 2
@@ -69,9 +70,9 @@ class DecodeStep:
 class _FixedCache:
     """A `model.transformer.Cache` whose only changing part is the number in `position`."""
 
-    def __init__(self, memory: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> None:
+    def __init__(self, memory: Sequence[tuple[Stored, Stored]], device: torch.device) -> None:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._index_S = torch.arange(memory[0][0].shape[2], device=device)
+        self._index_S = torch.arange(memory[0][0].numbers.shape[2], device=device)
         self.layers = [_FixedLayer(k, v, self.position) for k, v in memory]
 
     def plan(self, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -84,11 +85,12 @@ class _FixedCache:
 class _FixedLayer:
     """One layer: a position is written, all are returned."""
 
-    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor, position: Tensor) -> None:
+    def __init__(self, k_BGSK: Stored, v_BGSK: Stored, position: Tensor) -> None:
         self._k, self._v, self._position = k_BGSK, v_BGSK, position
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new position; return the whole memory in k's dtype."""
-        self._k.index_copy_(2, self._position, k_BGTK.to(self._k.dtype))
-        self._v.index_copy_(2, self._position, v_BGTK.to(self._v.dtype))
+        for stored, new in ((self._k, k_BGTK), (self._v, v_BGTK)):
+            for memory, part in zip(stored.tensors, stored.encode(new), strict=True):
+                memory.index_copy_(2, self._position, part)
         return self._k.to(k_BGTK.dtype), self._v.to(v_BGTK.dtype)

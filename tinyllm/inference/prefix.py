@@ -11,13 +11,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from tinyllm.artifact import build_artifact, digest_json, load_manifest, verify_files
 from tinyllm.errors import ArtifactError, DataError
 from tinyllm.inference.generate import cache_dtype
 from tinyllm.inference.scheduler import shared_start
 from tinyllm.inference.slots import SlotCache
+from tinyllm.inference.stored import Stored
 from tinyllm.model.directory import TOKENIZER
 from tinyllm.model.transformer import Transformer
 from tinyllm.tokenizer.chat import ChatTemplate, Message
@@ -28,12 +28,15 @@ KIND, TENSORS, FORMAT = "prefix", "prefix.safetensors", 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefix:
-    """Tokens with their keys and values. L layers, G key-value heads, S tokens, K head width."""
+    """Tokens with their keys and values. L layers, G key-value heads, S tokens, K head width.
+
+    Stored as the cache that they will be copied to.
+    """
 
     ids: tuple[int, ...]
-    keys: Tensor
+    keys: Stored
     """(L, G, S, K)."""
-    values: Tensor
+    values: Stored
     """(L, G, S, K)."""
 
 
@@ -102,11 +105,10 @@ def prefix_key(model_dir: Path, ids: Sequence[int], dtype: torch.dtype) -> str:
 
 def save_prefix(prefix: Prefix, directory: Path, model_dir: Path, key: str) -> None:
     """Write the artifact, in place of one that was refused."""
-    tensors = {
-        "ids": torch.tensor(prefix.ids),
-        "keys": prefix.keys.cpu().contiguous(),
-        "values": prefix.values.cpu().contiguous(),
-    }
+    tensors = {"ids": torch.tensor(prefix.ids)}
+    for name, stored in (("keys", prefix.keys), ("values", prefix.values)):
+        for part, tensor in zip(("", "_scale"), stored.tensors, strict=False):
+            tensors[name + part] = tensor.cpu().contiguous()
     directory.parent.mkdir(parents=True, exist_ok=True)
     with build_artifact(directory, kind=KIND, made_from=[model_dir], config={"key": key}) as draft:
         safetensors.torch.save_file(tensors, draft.path / TENSORS)
@@ -132,6 +134,6 @@ def load_prefix(directory: Path, key: str) -> Prefix:
         raise ArtifactError(f"{directory / TENSORS}: not readable: {error}") from None
     return Prefix(
         ids=tuple(tensors["ids"].tolist()),
-        keys=tensors["keys"],
-        values=tensors["values"],
+        keys=Stored(tensors["keys"], tensors.get("keys_scale")),
+        values=Stored(tensors["values"], tensors.get("values_scale")),
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tinyllm.inference.stored import Stored, make_room
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.ops.decoder import Room
 
@@ -24,7 +25,7 @@ class SlotCache:
         """Set the memory aside: each slot takes a sequence as long as the model's context."""
         n_heads, d_k, d_v = config.cached
         shape = config.n_layers, n_slots, n_heads, config.max_seq_len
-        self._k, self._v = (torch.zeros(*shape, d, dtype=dtype, device=device) for d in (d_k, d_v))
+        self._k, self._v = (Stored.zeros(*shape, d, dtype=dtype, device=device) for d in (d_k, d_v))
 
     def rows(self, first: int, starts: Sequence[int]) -> "SlotRows":
         """Return neighbouring slots as the cache of one pass.
@@ -33,21 +34,21 @@ class SlotCache:
             first: the lowest slot.
             starts: where the new positions begin, for this slot and those after it.
         """
-        rows = slice(first, first + len(starts))
-        return SlotRows(self._k[:, rows], self._v[:, rows], starts)
+        rows = slice(None), slice(first, first + len(starts))
+        return SlotRows(self._k[rows], self._v[rows], starts)
 
     def copy(self, source: int, target: int, n: int) -> None:
         """Copy the first n positions of a slot to another one."""
-        for tensor in (self._k, self._v):
-            tensor[:, target, :, :n] = tensor[:, source, :, :n]
+        for part in (self._k, self._v):
+            part[:, target, :, :n] = part[:, source, :, :n]
 
-    def store(self, slot: int, keys_LGSK: Tensor, values_LGSK: Tensor) -> None:
-        """Fill the start of a slot with keys and values of all layers."""
-        n = keys_LGSK.shape[2]
+    def store(self, slot: int, keys_LGSK: Stored, values_LGSK: Stored) -> None:
+        """Fill the start of a slot with keys and values of all layers, of the cache's format."""
+        n = keys_LGSK.numbers.shape[2]
         self._k[:, slot, :, :n] = keys_LGSK
         self._v[:, slot, :, :n] = values_LGSK
 
-    def fetch(self, slot: int, n: int) -> tuple[Tensor, Tensor]:
+    def fetch(self, slot: int, n: int) -> tuple[Stored, Stored]:
         """Return copies of the first n positions' keys and values, both (layers, G, n, K)."""
         return self._k[:, slot, :, :n].clone(), self._v[:, slot, :, :n].clone()
 
@@ -55,19 +56,19 @@ class SlotCache:
 class SlotRows:
     """A `model.transformer.Cache` for one pass."""
 
-    def __init__(self, k_LBGSK: Tensor, v_LBGSK: Tensor, starts: Sequence[int]) -> None:
+    def __init__(self, k_LBGSK: Stored, v_LBGSK: Stored, starts: Sequence[int]) -> None:
         self._starts = list(starts)
-        self._k, self._v, self.dtype = k_LBGSK, v_LBGSK, k_LBGSK.dtype
+        self._k, self._v, self.dtype = k_LBGSK, v_LBGSK, k_LBGSK.numbers.dtype
         self.layers: list[SlotLayer | SlotsLayer] = []
         """One per block, once the pass is planned."""
 
     def make_room(self, n_tokens: int) -> Room:
         """Return the memory for a pass that stores the new positions itself."""
-        return Room(keys=self._k, values=self._v, starts=self._starts)
+        return make_room(self._k, self._v, self._starts)
 
     def plan(self, n_tokens: int) -> tuple[Tensor, Tensor | None]:
         """Return positions, (T,) or (B, 1), and mask, None or (T, S) or (B, 1, 1, S)."""
-        pairs, device = zip(self._k, self._v, strict=True), self._k.device
+        pairs, device = zip(self._k, self._v, strict=True), self._k.numbers.device
         end = max(self._starts) + n_tokens
         seen_S = torch.arange(end, device=device)
         if len(self._starts) == 1:
@@ -86,7 +87,7 @@ class SlotRows:
 class SlotLayer:
     """One layer of one slot."""
 
-    def __init__(self, k_1GSK: Tensor, v_1GSK: Tensor, start: int, end: int) -> None:
+    def __init__(self, k_1GSK: Stored, v_1GSK: Stored, start: int, end: int) -> None:
         self._k, self._v, self._start = k_1GSK[:, :, :end], v_1GSK[:, :, :end], start
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,13 +101,13 @@ class SlotsLayer:
     """One layer of several slots that get one position each."""
 
     def __init__(
-        self, k_BGSK: Tensor, v_BGSK: Tensor, rows_B: Tensor, starts_B: Tensor, end: int
+        self, k_BGSK: Stored, v_BGSK: Stored, rows_B: Tensor, starts_B: Tensor, end: int
     ) -> None:
         self._k, self._v, self._at = k_BGSK[:, :, :end], v_BGSK[:, :, :end], (rows_B, starts_B)
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a position per slot, T = 1; return (B, G, S, K) up to the longest one's."""
         rows_B, starts_B = self._at
-        self._k[rows_B, :, starts_B] = k_BGTK[:, :, 0].to(self._k.dtype)
-        self._v[rows_B, :, starts_B] = v_BGTK[:, :, 0].to(self._v.dtype)
+        self._k[rows_B, :, starts_B] = k_BGTK[:, :, 0]
+        self._v[rows_B, :, starts_B] = v_BGTK[:, :, 0]
         return self._k.to(k_BGTK.dtype), self._v.to(v_BGTK.dtype)

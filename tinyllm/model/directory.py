@@ -2,7 +2,7 @@
 
 | file                 | what                                                              |
 |----------------------|-------------------------------------------------------------------|
-| config.json          | the sizes and `format`: `float` or `int8`                         |
+| config.json          | the sizes and `format`: `float` or `int8-rotated`                 |
 | model.safetensors    | the weights                                                       |
 | tokenizer.json       | the tokenizer the model was trained with                          |
 | chat_template.jinja  | how a conversation becomes text                                   |
@@ -46,7 +46,7 @@ def save_weights(
         state: tensors by name; shared ones may appear under both names.
         config: the sizes.
         directory: an artifact's draft folder.
-        weight_format: `float` or `int8`.
+        weight_format: `float` or `int8-rotated`.
     """
     if config.tie_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}

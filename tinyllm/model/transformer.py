@@ -8,6 +8,7 @@ S key positions, D width, K head width, V vocabulary.
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,6 +82,8 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint: Checkpoint = "none"
         """What blocks keep for the backward pass; the rest is computed again."""
+        self.cache_dtype: torch.dtype | None = None
+        """What keys and values are kept as between tokens; None: what suits the weights."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d)
         self.embed_positions = None
         if config.positions == "learned":

@@ -17,8 +17,8 @@ from tinyllm.ops import cpu
 
 Weight = tuple[Tensor, Tensor]
 """INT8 rows (N, K) and their fp32 scales (N,)."""
-CACHED = (torch.float32, torch.bfloat16)
-"""What keys and values may be stored as."""
+CACHED = (torch.float32, torch.bfloat16, torch.int8)
+"""What keys and values may be stored as, in the order of `tinyllm::Stored`."""
 GATES = 32
 """Rows of the gate that lie together, followed by their rows of the up projection."""
 
@@ -36,7 +36,7 @@ class LayerWeights:
     up: Weight
     """Likewise."""
     down: Weight
-    """D outputs from F inputs."""
+    """D outputs from F inputs, its rows rotated by `reference.hadamard`."""
     norm_attention: Tensor
     """(D,)."""
     norm_mlp: Tensor
@@ -79,9 +79,11 @@ class Room:
     """Where the keys and values of a pass lie: earlier ones, and places for new ones."""
 
     keys: Tensor
-    """(layers, B, G, S, K), fp32 or bf16, the K numbers of a position together."""
+    """(layers, B, G, S, K), one of `CACHED`, the K numbers of a position together."""
     values: Tensor
     """Likewise, with the same strides."""
+    scales: tuple[Tensor, Tensor] | None = None
+    """With INT8, of keys and of values: (layers, B, G, S), fp32, strides a K-th of the numbers'."""
     starts: Sequence[int]
     """How many positions each of the B sequences has already."""
 
@@ -113,8 +115,9 @@ class _Tokens(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("ids", "starts", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("key_scale", "value_scale")),
         *((f"{name}_stride", ctypes.c_int64) for name in ("layer", "sequence", "head", "position")),
-        ("is_bf16", ctypes.c_int64),
+        ("stored", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("hidden", "logits")),
         *((name, ctypes.c_int64) for name in ("n_sequences", "n_tokens")),
     )
@@ -169,6 +172,7 @@ class Decoder:
         """Let the library write into what is not None."""
         n_sequences, n_tokens = ids.shape
         layer, sequence, head, position, _ = room.keys.stride()
+        key_scale, value_scale = room.scales or (None, None)
         end = max(room.starts) + n_tokens
         if end > min(room.keys.shape[3], self._n_positions) or len(room.starts) != n_sequences:
             raise IndexError(f"{end} positions of {len(room.starts)} sequences do not fit")
@@ -177,8 +181,9 @@ class Decoder:
         tokens = _Tokens(
             *(ids.data_ptr(), ctypes.addressof(starts)),
             *(room.keys.data_ptr(), room.values.data_ptr()),
+            *(None if scale is None else scale.data_ptr() for scale in (key_scale, value_scale)),
             *(layer, sequence, head, position),
-            room.keys.dtype is torch.bfloat16,
+            CACHED.index(room.keys.dtype),
             None if hidden is None else hidden.data_ptr(),
             None if logits is None else logits.data_ptr(),
             *(n_sequences, n_tokens),

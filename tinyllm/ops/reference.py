@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 MAX_K = 65536
 """Most inputs of a linear layer: K * 255 * 127 < 2^31 keeps every int32 sum from overflowing."""
+HADAMARD = 32
+"""Numbers that `hadamard` mixes: as many as a thread of the native decoder has at hand."""
 TINY_ABSMAX = 2.0**-100
 """Rows with a smaller largest magnitude count as zero: 127 / absmax would leave fp32."""
 
@@ -40,6 +42,25 @@ def quantize_per_row(x: Tensor) -> tuple[Tensor, Tensor]:
     q = (x * inverse).round().nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
     scale = torch.where(usable, absmax / steps, torch.where(absmax.isfinite(), 0.0, math.nan))
     return q, scale.squeeze(-1)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Rotate each `HADAMARD` neighbours of the last dimension; a shorter last block stays.
+
+    The Walsh-Hadamard matrix over sqrt(HADAMARD) is orthogonal and its own inverse: applied to the
+    inputs and to the rows of a weight, it changes no product. But a large number among small ones
+    becomes many of middle size, which INT8 holds better (QuaRot, arXiv:2404.00456, section 4.1).
+
+    Args:
+        x: (..., K), floating point.
+    """
+    n = x.shape[-1] // HADAMARD * HADAMARD
+    matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    while matrix.shape[0] < HADAMARD:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    blocks = x[..., :n].reshape(*x.shape[:-1], n // HADAMARD, HADAMARD)
+    rotated = blocks @ (matrix / math.sqrt(HADAMARD))
+    return torch.cat((rotated.flatten(-2), x[..., n:]), dim=-1)
 
 
 def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor], Tensor]:

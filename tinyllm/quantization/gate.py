@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tinyllm.errors import GateError
 from tinyllm.model.transformer import Transformer
 from tinyllm.quantization.int8 import kinds_of, quantize_model
@@ -16,12 +18,18 @@ class QuantizeParams:
     """Gate: val_bpb may rise by this share of its value before; more fails the stage."""
     seq_len: int
     """Tokens per window when val_bpb is measured; at most the model's max_seq_len are used."""
+    calibration_tokens: int
+    """Tokens of the training text by which rounding is compensated; 0: round to the nearest."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         problems = []
         if self.seq_len < 1:
             problems.append(f"seq_len: must be at least 1, got {self.seq_len}")
+        if self.calibration_tokens < 0:
+            problems.append(
+                f"calibration_tokens: must not be negative, got {self.calibration_tokens}"
+            )
         if not self.max_bpb_increase_share >= 0:
             problems.append(
                 f"max_bpb_increase_share: must not be negative, got {self.max_bpb_increase_share}"
@@ -36,6 +44,7 @@ def check_gate(
     after_bpb: float,
     limit_share: float,
     evaluate_bpb: Callable[[Transformer], float],
+    sample_BT: Tensor | None = None,
 ) -> None:
     """Refuse an INT8 model whose val_bpb rose too much, naming the layers that cost it.
 
@@ -45,6 +54,7 @@ def check_gate(
         after_bpb: of the INT8 model.
         limit_share: largest rise allowed, as a share of `before_bpb`.
         evaluate_bpb: measures a model; called once per kind of layer, only if the gate is broken.
+        sample_BT: what `quantize_model` got.
 
     Raises:
         GateError: the rise is above the limit, or not a number.
@@ -52,7 +62,7 @@ def check_gate(
     rise = (after_bpb - before_bpb) / before_bpb
     if rise <= limit_share:
         return
-    costs = rank_kinds(model, before_bpb, evaluate_bpb)
+    costs = rank_kinds(model, before_bpb, evaluate_bpb, sample_BT)
     worst = ", ".join(f"{kind} {share:+.2%}" for kind, share in costs[:3])
     raise GateError(
         f"quantize: val_bpb rises by {rise:.2%}, from {before_bpb:.4f} to {after_bpb:.4f}; allowed"
@@ -62,14 +72,17 @@ def check_gate(
 
 
 def rank_kinds(
-    model: Transformer, before_bpb: float, evaluate_bpb: Callable[[Transformer], float]
+    model: Transformer,
+    before_bpb: float,
+    evaluate_bpb: Callable[[Transformer], float],
+    sample_BT: Tensor | None = None,
 ) -> list[tuple[str, float]]:
     """Return each kind of layer with the rise of val_bpb when it alone is in INT8, worst first.
 
     The rise is a share of `before_bpb`; one that is not a number ranks first.
     """
-    costs = [
-        (kind, (evaluate_bpb(quantize_model(model, {kind})) - before_bpb) / before_bpb)
-        for kind in kinds_of(model)
-    ]
+    costs = []
+    for kind in kinds_of(model):
+        bpb = evaluate_bpb(quantize_model(model, {kind}, sample_BT))
+        costs.append((kind, (bpb - before_bpb) / before_bpb))
     return sorted(costs, key=lambda cost: cost[1] if cost[1] == cost[1] else float("inf"))[::-1]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyllm.ops.linear import bind_linear_w8a8
+from tinyllm.ops.reference import hadamard
 
 
 class Prepared(nn.Module):
@@ -51,6 +52,14 @@ class Int8Linear(Prepared):
             self._prepared = bind_linear_w8a8(self.weight_q, self.weight_scale.float())
         y: Tensor = self._prepared(x)
         return y
+
+
+class RotatedInt8Linear(Int8Linear):
+    """The same for a weight whose rows are rotated by `hadamard`, as its inputs are here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
+        return super().forward(hadamard(x.float())).to(x.dtype)
 
 
 class Int8Embedding(nn.Module):

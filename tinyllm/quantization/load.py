@@ -5,12 +5,12 @@ from pathlib import Path
 from tinyllm.errors import ArtifactError
 from tinyllm.model.directory import load_config, load_model, load_weights
 from tinyllm.model.transformer import Transformer
-from tinyllm.quantization.directory import with_tied_head
+from tinyllm.quantization.directory import FORMAT, with_tied_head
 from tinyllm.quantization.int8 import empty_int8_model
 
 
 def load_any_model(directory: Path) -> Transformer:
-    """Return the model of a `float` or `int8` model directory, on the CPU, in evaluation mode.
+    """Return the model of a `float` or INT8 model directory, on the CPU, in evaluation mode.
 
     Raises:
         ArtifactError: the folder is not one, is damaged, or its weights do not fit its sizes.
@@ -18,9 +18,10 @@ def load_any_model(directory: Path) -> Transformer:
     config, weight_format = load_config(directory)
     if weight_format == "float":
         return load_model(directory)
-    if weight_format != "int8":
+    if weight_format != FORMAT:
         raise ArtifactError(
-            f"{directory}: holds {weight_format!r} weights; this version knows float and int8"
+            f"{directory}: holds {weight_format!r} weights, this version knows float and {FORMAT};"
+            " quantize the model again"
         )
     model = empty_int8_model(Transformer(config))
     tensors = load_weights(directory)
