@@ -99,22 +99,26 @@ def _routes(
         """Return the endpoint of one kind of call."""
 
         async def endpoint(http: HttpRequest) -> Response:
+            """Answer a call."""
             body = await read_body(http, limits)
             return await calls.answer(http, parse(body, limits.max_tokens))
 
         return endpoint
 
     async def models(_: HttpRequest) -> Response:
+        """List the one model."""
         entry = {"id": name, "object": "model", "created": 0, "owned_by": "tinyllm"}
         context = session.model.config.max_seq_len
         return JSONResponse({"object": "list", "data": [{**entry, "context_tokens": context}]})
 
     async def health(_: HttpRequest) -> Response:
+        """Tell whether the engine's thread is alive."""
         return JSONResponse(
             {"status": "ok" if worker.is_alive else "dead"}, 200 if worker.is_alive else 503
         )
 
     async def metrics(_: HttpRequest) -> Response:
+        """Tell the counters and gauges in the format of Prometheus."""
         return PlainTextResponse(books.render(), media_type=prometheus.CONTENT_TYPE)
 
     guard = _guard(api_key, books)
