@@ -15,16 +15,10 @@ namespace {
 
 constexpr int64_t kRows = 128;         // rows that go through the layers together
 constexpr int64_t kRowsPerTile = 48;   // their outputs of one panel, 12 KB, stay in the first cache
+constexpr int64_t kWidened = 4;        // queries that share keys in bf16, from which on they are widened once
 constexpr int64_t kWorkPerThread = 1 << 15;  // multiplications per layer; meeting costs 0.2 us each time
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // halves to even
-}
 
 // Hands out parts of one piece of memory; with a null base it only counts.
 struct Carver {
@@ -48,15 +42,17 @@ struct Inputs {
 
 // What a thread has for itself.
 struct Own {
-  float *tile, *normed, *scores, *scale;
+  float *tile, *normed, *scores, *scale, *keys, *values;
   int8_t* q;
   size_t bytes;
 
-  Own(Carver carve, int64_t widest, int64_t longest)
+  Own(Carver carve, int64_t widest, int64_t longest, int64_t widened)
       : tile(carve.take<float>(kRowsPerTile * kPanel)),
         normed(carve.take<float>(widest)),
         scores(carve.take<float>(longest)),
         scale(carve.take<float>(1)),
+        keys(carve.take<float>(widened)),
+        values(carve.take<float>(widened)),
         q(carve.take<int8_t>(widest)),
         bytes(carve.used) {}
 };
@@ -95,7 +91,7 @@ struct Rows {
     attended = carve.take<float>(most * m.n_heads * m.d_head);
     hidden = carve.take<float>(most * padded_ff);
     inputs = {carve.take<int8_t>(most * widest), carve.take<float>(most), widest};
-    own_bytes = Own(Carver{nullptr}, widest, longest()).bytes;
+    own_bytes = Own(Carver{nullptr}, widest, longest(), widened()).bytes;
     own = carve.take<char>(threads * static_cast<int64_t>(own_bytes));
     bytes = carve.used;
   }
@@ -112,6 +108,11 @@ struct Rows {
   int64_t longest() const {
     return *std::max_element(tokens.starts, tokens.starts + tokens.n_sequences) + tokens.n_tokens;
   }
+  // Numbers of a head's keys, if they are widened before use.
+  int64_t widened() const {
+    const bool shared = tokens.n_tokens * (model.n_heads / model.n_kv_heads) >= kWidened;
+    return shared && tokens.stored == Stored::kBf16 ? longest() * model.d_head : 0;
+  }
 };
 
 // One thread's way through the phases.
@@ -123,7 +124,8 @@ class Pass {
         t_(rows.tokens),
         isa_(rows.isa),
         team_(team),
-        own_(Carver{rows.own + rows.own_bytes * static_cast<size_t>(team.thread)}, rows.widest, rows.longest()) {}
+        own_(Carver{rows.own + rows.own_bytes * static_cast<size_t>(team.thread)}, rows.widest, rows.longest(),
+             rows.widened()) {}
 
   void run() {
     team_.share(r_.n, [&](int64_t row) { embed(row); });
@@ -229,11 +231,9 @@ class Pass {
       case Stored::kFloat:
         std::memcpy(static_cast<float*>(cache) + offset, x, static_cast<size_t>(m_.d_head) * sizeof(float));
         return;
-      case Stored::kBf16: {
-        auto* to = static_cast<uint16_t*>(cache) + offset;
-        for (int64_t i = 0; i < m_.d_head; ++i) to[i] = to_bf16(x[i]);
+      case Stored::kBf16:
+        isa_.narrow(x, m_.d_head, static_cast<uint16_t*>(cache) + offset);
         return;
-      }
       case Stored::kInt8:
         scale[offset / t_.position_stride] = isa_.quantize(x, m_.d_head, static_cast<int8_t*>(cache) + offset, 0);
     }
@@ -258,21 +258,46 @@ class Pass {
     });
   }
 
+  // What the query in `row` sees of key-value head `group`.
+  CachedHead cached(const Layer& layer, int64_t l, int64_t row, int64_t group) const {
+    const int64_t n_keys = r_.places[row].position + 1;
+    const int64_t skipped = layer.window > 0 ? std::max<int64_t>(0, n_keys - layer.window) : 0;
+    const int64_t offset = cache_offset(l, row, group) + skipped * t_.position_stride;
+    const int64_t bytes = t_.stored == Stored::kFloat ? 4 : t_.stored == Stored::kBf16 ? 2 : 1;
+    const int64_t first = t_.stored == Stored::kInt8 ? offset / t_.position_stride : 0;
+    const auto* keys = static_cast<const char*>(t_.keys) + offset * bytes;
+    const bool is_last = r_.n > 1 || group + 1 == m_.n_kv_heads;
+    return {keys, static_cast<const char*>(t_.values) + offset * bytes,
+            t_.key_scale + first, t_.value_scale + first,
+            is_last ? nullptr : keys + t_.head_stride * bytes,
+            t_.position_stride, n_keys - skipped, t_.stored};
+  }
+
+  // The same numbers in fp32, in this thread's memory, where `from` positions are already.
+  CachedHead widened(const CachedHead& head, int64_t from) const {
+    for (int64_t s = from; s < head.n_keys; ++s) {
+      isa_.widen(static_cast<const uint16_t*>(head.keys) + s * head.stride, m_.d_head, own_.keys + s * m_.d_head);
+      isa_.widen(static_cast<const uint16_t*>(head.values) + s * head.stride, m_.d_head, own_.values + s * m_.d_head);
+    }
+    return {own_.keys, own_.values, nullptr, nullptr, nullptr, m_.d_head, head.n_keys, Stored::kFloat};
+  }
+
   void attend(const Layer& layer, int64_t l) {
-    const int64_t group = m_.n_heads / m_.n_kv_heads;
+    const int64_t per_group = m_.n_heads / m_.n_kv_heads;
+    const void* widened_keys = nullptr;
+    int64_t n_widened = 0;
     // Heads outside, so that a head's keys stay in the cache for all rows.
     team_.share(m_.n_heads * r_.n, [&](int64_t task) {
       const int64_t head = task / r_.n, row = task % r_.n;
-      const int64_t n_keys = r_.places[row].position + 1;
-      const int64_t skipped = layer.window > 0 ? std::max<int64_t>(0, n_keys - layer.window) : 0;
-      const int64_t offset = cache_offset(l, row, head / group) + skipped * t_.position_stride;
-      const int64_t bytes = t_.stored == Stored::kFloat ? 4 : t_.stored == Stored::kBf16 ? 2 : 1;
-      const int64_t first = t_.stored == Stored::kInt8 ? offset / t_.position_stride : 0;
-      const CachedHead cached = {static_cast<const char*>(t_.keys) + offset * bytes,
-                                 static_cast<const char*>(t_.values) + offset * bytes,
-                                 t_.key_scale + first, t_.value_scale + first,
-                                 t_.position_stride, n_keys - skipped, t_.stored};
-      isa_.attend(r_.qkv + row * r_.n_qkv + head * m_.d_head, cached, m_.d_head, own_.scores,
+      CachedHead seen = cached(layer, l, row, head / per_group);
+      if (r_.widened() > 0) {
+        if (seen.keys != widened_keys) n_widened = 0;  // another head, or a window that moves
+        widened_keys = seen.keys;
+        const int64_t known = n_widened;
+        n_widened = std::max(known, seen.n_keys);
+        seen = widened(seen, known);
+      }
+      isa_.attend(r_.qkv + row * r_.n_qkv + head * m_.d_head, seen, m_.d_head, own_.scores,
                   r_.attended + (row * m_.n_heads + head) * m_.d_head);
     });
   }

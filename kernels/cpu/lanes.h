@@ -14,6 +14,7 @@ namespace {
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
+typedef uint32_t WordLanes __attribute__((vector_size(64)));
 typedef uint16_t ShortLanes __attribute__((vector_size(32)));
 typedef int8_t ByteLanes __attribute__((vector_size(16)));
 typedef float Eight __attribute__((vector_size(32)));
@@ -162,18 +163,40 @@ void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
   }
 }
 
+void narrow(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Lanes some = load(x + i, n - i);
+    const WordLanes bits = (WordLanes)some;
+    const WordLanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // halves to even
+    const ShortLanes halves = __builtin_convertvector(some == some ? rounded : WordLanes{} + 0x7fc0, ShortLanes);
+    __builtin_memcpy(y + i, &halves, static_cast<size_t>(n - i < kLanes ? n - i : kLanes) * sizeof *y);
+  }
+}
+
+void widen(const uint16_t* x, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i += kLanes) store(y + i, load(x + i, n - i), n - i);
+}
+
 // y [16 SLICES] = sum of the weighted values, even and odd positions apart; at most `n` numbers.
+// Meanwhile as many rows of `next` are fetched.
 template <int SLICES, class T>
-[[gnu::always_inline]] inline void weigh(const T* values, int64_t stride, const float* weights,
+[[gnu::always_inline]] inline void weigh(const T* values, const T* next, int64_t stride, const float* weights,
                                          int64_t n_keys, float factor, int64_t n, float* y) {
+  constexpr int kLine = 64 / sizeof(T);
   Lanes even[SLICES] = {}, odd[SLICES] = {};
   int64_t s = 0;
-  for (; s + 2 <= n_keys; s += 2)
+  for (; s + 2 <= n_keys; s += 2) {
+    if (next != nullptr)
+      for (int i = 0; i < SLICES * kLanes; i += kLine) {
+        __builtin_prefetch(next + s * stride + i);
+        __builtin_prefetch(next + (s + 1) * stride + i);
+      }
 #pragma GCC unroll 4
     for (int i = 0; i < SLICES; ++i) {
       even[i] += load(values + s * stride + i * kLanes, n - i * kLanes) * weights[s];
       odd[i] += load(values + (s + 1) * stride + i * kLanes, n - i * kLanes) * weights[s + 1];
     }
+  }
   if (s < n_keys)
 #pragma GCC unroll 4
     for (int i = 0; i < SLICES; ++i)
@@ -227,6 +250,7 @@ template <int64_t D, class T>
   const int64_t d_head = D > 0 ? D : width;
   const auto* keys = static_cast<const T*>(cached.keys);
   const auto* values = static_cast<const T*>(cached.values);
+  const auto* next = static_cast<const T*>(cached.next_keys);
   const int64_t n_keys = cached.n_keys, stride = cached.stride;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d_head));
   constexpr bool is_int8 = sizeof(T) == 1;
@@ -256,10 +280,11 @@ template <int64_t D, class T>
   const float factor = 1.0f / sum_lanes(total);
   int64_t i = 0;
   for (; i + 4 * kLanes <= d_head; i += 4 * kLanes)
-    weigh<4>(values + i, stride, scores, n_keys, factor, 4 * kLanes, y + i);
+    weigh<4>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, 4 * kLanes, y + i);
   for (; i + 2 * kLanes <= d_head; i += 2 * kLanes)
-    weigh<2>(values + i, stride, scores, n_keys, factor, 2 * kLanes, y + i);
-  for (; i < d_head; i += kLanes) weigh<1>(values + i, stride, scores, n_keys, factor, d_head - i, y + i);
+    weigh<2>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, 2 * kLanes, y + i);
+  for (; i < d_head; i += kLanes)
+    weigh<1>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, d_head - i, y + i);
 }
 
 template <class T>

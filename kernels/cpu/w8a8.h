@@ -40,6 +40,7 @@ enum class Stored : int64_t { kFloat, kBf16, kInt8 };
 struct CachedHead {
   const void *keys, *values;  // the numbers of a position lie together
   const float *key_scale, *value_scale;  // [n_keys], with INT8; else not read
+  const void* next_keys;      // what the thread most likely reads next: fetched meanwhile; or null
   int64_t stride;             // numbers from one position to the next
   int64_t n_keys;
   Stored stored;
@@ -71,6 +72,10 @@ struct Isa {
   // y = softmax(q K^T / sqrt(d_head)) V for one query; `scores` has room for n_keys numbers. A scale
   // of INT8 multiplies its key's score and its value's weight: once a position, not once a number.
   void (*attend)(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y);
+
+  // y = x rounded to bf16, halves to even; and back.
+  void (*narrow)(const float* x, int64_t n, uint16_t* y);
+  void (*widen)(const uint16_t* x, int64_t n, float* y);
 
   // y = gate / (1 + exp(-gate)) * up.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);

@@ -118,6 +118,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 
 }  // namespace
 
-const Isa kAvx2 = {quantize, tile, 0, rms_norm, add, rotate, attend, swiglu, hadamard};
+const Isa kAvx2 = {quantize, tile, 0, rms_norm, add, rotate, attend, narrow, widen, swiglu, hadamard};
 
 }  // namespace tinyllm

@@ -136,6 +136,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 
 }  // namespace
 
-const Isa kAvx512Vnni = {quantize, tile, 0x80, rms_norm, add, rotate, attend, swiglu, hadamard};
+const Isa kAvx512Vnni = {quantize, tile, 0x80, rms_norm, add, rotate, attend, narrow, widen, swiglu, hadamard};
 
 }  // namespace tinyllm

@@ -140,7 +140,7 @@ FORMATS = pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torc
 CASES = [
     {},
     {"qk_norm": False, "d_head": 2, "d": 8, "n_kv_heads": 4},
-    {"d_head": 32, "d": 96, "n_kv_heads": 1, "d_ff": 64},
+    {"d_head": 32, "d": 96, "n_kv_heads": 1, "d_ff": 64, "seed": 1},
     {"d_head": 64, "d": 130, "n_heads": 3, "n_kv_heads": 3, "d_ff": 33},
     {"window": 5, "d_head": 42},
 ]

@@ -146,6 +146,8 @@ def _compile(target: Path) -> None:
             list(pool.map(run_command, commands))
         linked = temporary / target.name
         run_command([cxx, "-shared", "-fopenmp", "-pthread", *objects, "-o", str(linked)])
+        if library_path() != target:
+            raise BuildError("the C++ sources changed while they were compiled; try again")
         linked.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
