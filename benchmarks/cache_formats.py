@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a spinning thread stalls 
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 
 import torch
 from decode import SHAPES, Samples
@@ -46,7 +47,7 @@ def measure(model: Transformer, context: int, rounds: int) -> dict[str, float]:
     token, samples = torch.tensor([[7]]), Samples()
     for i in range(rounds + 3):
         for name, cache in caches.items():
-            samples.time(name if i >= 3 else "warm-up", lambda c=cache: model.next_logits(token, c))
+            samples.time(name if i >= 3 else "warm-up", partial(model.next_logits, token, cache))
             cache.truncate(context)
     return {name: 1e3 * samples.median(name) for name in caches}
 

@@ -133,7 +133,6 @@ def write_gguf_q8(model: Transformer, path: Path) -> None:
     q8 = gguf.GGMLQuantizationType.Q8_0
 
     def pairs(w: torch.Tensor) -> torch.Tensor:
-        """Interleave the halves of each head: llama.cpp turns neighbours, we turn halves."""
         return w.view(-1, 2, config.d_head // 2, config.d).transpose(1, 2).reshape(w.shape)
 
     def matrix(name: str, w: torch.Tensor) -> None:

@@ -1,22 +1,16 @@
 """The pipeline under a real DVC: what runs again, what comes from the cache, experiments, diffs."""
 
 import json
-import resource
 import shutil
 import time
 
 import pytest
+from processor_time import processor_s
 
 from tinyllm.params import read_yaml
 
 pytestmark = pytest.mark.slow
 AFTER_SFT = ["sft", "lora", "quantize", "export", "benchmark", "report"]
-
-
-def processor_s() -> float:
-    """Return the seconds that ended children have computed."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def test_a_second_repro_runs_nothing_and_is_quick(project):
