@@ -1,20 +1,22 @@
 """What the compilers make of every CUDA kernel for every card: registers, shared memory, spills.
 
-    python benchmarks/cuda_gates.py [--nvcc] [--all]
+    python benchmarks/cuda_gates.py [--nvcc] [--all] [--card sm_86]
 
 Needs no GPU: NVRTC and nvdisasm are packages of PyPI. The table goes into docs/cuda.md; the limits
 and the expected instructions are held by tests/cuda/test_gates.py.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
 from cuda_launches import FORMATS, launches
 
 from tinyllm.ops import cuda_build
@@ -27,6 +29,8 @@ FILE_REGISTERS, THREAD_REGISTERS = 64 * KIB, 255
 """Of a multiprocessor, which must hold a block; of a thread."""
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\.",  # tensor cores, bf16 and fp16
+    "HGMMA": r"\bHGMMA\.",  # the same of a warpgroup (wgmma)
+    "UTMALDG": r"\bUTMALDG\b",  # boxes by the copy engine (TMA)
     "IMMA": r"\bIMMA\.",  # tensor cores, INT8
     "DP4A": r"\bIDP\.4A\b",
     "LDG.128": r"\bLDG\.E\S*\.128\b",  # 16 bytes from global memory
@@ -38,6 +42,7 @@ INSTRUCTIONS = {
 """What is looked for in the machine code."""
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_SERIALIZED = re.compile(r"wgmma\S* instructions are serialized .* function '(\w+)'")
 _USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 
 Program = tuple[str, tuple[str, ...]]
@@ -54,6 +59,8 @@ class Kernel:
     """Written to and read from memory for want of registers."""
     static_shared_bytes: int
     """Shared memory beside what the launch asks for."""
+    is_serialized: bool = False
+    """Whether its wgmma wait for each other, as ptxas warns."""
     instructions: Mapping[str, int]
     """How often those of `INSTRUCTIONS` occur; empty without nvdisasm."""
 
@@ -77,8 +84,10 @@ def inspect(
     """
     source, defines = program
     told = cuda_build.options(source, defines)
-    compiled = compiler.compile(cuda_build.SOURCES / source, told, architecture)
+    wanted = cuda_build.compiled_for(source, architecture)
+    compiled = compiler.compile(cuda_build.SOURCES / source, told, wanted)
     code = machine_code(compiled.cubin)
+    serialized = set(_SERIALIZED.findall(compiled.log))
     kernels = {}
     for name, text in _by_entry(compiled.log).items():
         spills, used = _SPILLS.search(text), _USED.search(text)
@@ -92,9 +101,19 @@ def inspect(
             registers=int(used[1]),
             spill_bytes=int(spills[1]) + int(spills[2]),
             static_shared_bytes=int(used[2] or 0),
+            is_serialized=name in serialized,
             instructions={kind: n for kind, n in counts.items() if n},
         )
     return kernels
+
+
+def inspect_all(
+    compiler: cuda_build.Compiler, wanted: Sequence[tuple[Program, str]]
+) -> dict[tuple[Program, str], dict[str, Kernel]]:
+    """Do `inspect` for programs with their architectures, as many at once as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = pool.map(lambda one: inspect(compiler, *one), wanted)
+        return dict(zip(wanted, kernels, strict=True))
 
 
 def machine_code(cubin: bytes) -> dict[str, str]:
@@ -123,6 +142,8 @@ def faults(kernel: Kernel, recorded: Sequence[Launch], architecture: str) -> lis
         found.append(f"spills {kernel.spill_bytes} bytes")
     if kernel.instructions.get("local"):
         found.append(f"{kernel.instructions['local']} accesses to local memory")
+    if kernel.is_serialized:
+        found.append("its wgmma wait for each other")
     if kernel.registers > THREAD_REGISTERS:
         found.append(f"{kernel.registers} registers per thread")
     for launch in recorded:
@@ -142,51 +163,74 @@ def _by_entry(log: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def table(compiler: cuda_build.Compiler, formats: Sequence[torch.dtype]) -> Iterator[str]:
-    """Yield a table in Markdown: a line per kernel, registers per thread by architecture."""
-    names = cuda_build.ARCHITECTURES
-    head = ["kernel", "macros", *names, "shared KiB", "spills", "instructions"]
+def table(
+    by_card: Mapping[str, Mapping[Program, Mapping[str, Sequence[Launch]]]],
+    inspected: Mapping[tuple[Program, str], Mapping[str, Kernel]],
+) -> Iterator[str]:
+    """Yield a table in Markdown: a line per kernel, registers per thread by architecture.
+
+    Args:
+        by_card: launches by architecture, program and kernel.
+        inspected: kernels by program and architecture.
+    """
+    head = ["kernel", "macros", *by_card, "shared KiB", "spills", "instructions"]
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
-    by_card = {name: programs(launches(name, formats)) for name in names}
     for program in dict.fromkeys(program for found in by_card.values() for program in found):
-        cards = [name for name in names if program in by_card[name]]
-        kernels = {name: inspect(compiler, program, name) for name in cards}
+        cards = [name for name in by_card if program in by_card[name]]
         for entry, recorded in by_card[cards[0]][program].items():
-            of_card = {name: kernels[name][entry] for name in cards}
+            of_card = {
+                name: inspected[program, name][entry] if name in cards else None for name in by_card
+            }
             yield _line(entry, program, recorded, of_card)
 
 
 def _line(
-    entry: str, program: Program, recorded: Sequence[Launch], of_card: Mapping[str, Kernel]
+    entry: str,
+    program: Program,
+    recorded: Sequence[Launch],
+    of_card: Mapping[str, Kernel | None],
 ) -> str:
-    """Return the line of a kernel; `of_card`: by those architectures that use the program."""
-    first = next(iter(of_card.values()))
-    shared = max(launch.shared_bytes for launch in recorded) + first.static_shared_bytes
-    registers = (
-        str(of_card[name].registers) if name in of_card else "-"
-        for name in cuda_build.ARCHITECTURES
-    )
+    """Return the line of a kernel; `of_card`: None for those that do not use the program."""
+    kernels = [kernel for kernel in of_card.values() if kernel is not None]
+    shared = max(launch.shared_bytes for launch in recorded) + kernels[0].static_shared_bytes
     cells = [
         *(f"`{entry}`", " ".join(define.removeprefix("FORMAT=") for define in program[1])),
-        *registers,
-        *(f"{shared / KIB:.1f}", str(sum(kernel.spill_bytes for kernel in of_card.values()))),
-        ", ".join(f"{n} {kind}" for kind, n in first.instructions.items()) or "-",
+        *("-" if kernel is None else str(kernel.registers) for kernel in of_card.values()),
+        *(f"{shared / KIB:.1f}", str(sum(kernel.spill_bytes for kernel in kernels))),
+        ", ".join(f"{n} {kind}" for kind, n in kernels[0].instructions.items()) or "-",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
-    """Print the table."""
+    """Print the table; return 1 if a card would object to a kernel."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--nvcc", action="store_true", help="compile by nvcc instead of NVRTC")
     parser.add_argument("--all", action="store_true", help="fp16 and fp32, too")
+    parser.add_argument("--card", choices=cuda_build.ARCHITECTURES, help="one architecture only")
     options = parser.parse_args()
     compiler = cuda_build.nvcc() if options.nvcc else cuda_build.nvrtc()
+    started_s = time.perf_counter()
+    cards = (options.card,) if options.card else cuda_build.ARCHITECTURES
+    formats = FORMATS if options.all else FORMATS[:1]
+    by_card = {name: programs(launches(name, formats)) for name in cards}
+    wanted = [(program, name) for name, found in by_card.items() for program in found]
+    inspected = inspect_all(compiler, wanted)
     print(f"{compiler.name}; registers per thread; instructions of the first card\n")
-    for line in table(compiler, FORMATS if options.all else FORMATS[:1]):
-        print(line, flush=True)
-    return 0
+    print(*table(by_card, inspected), sep="\n")
+    wrong = [
+        f"{entry} {' '.join(program[1])} on {name}: {fault}"
+        for program, name in wanted
+        for entry, recorded in by_card[name][program].items()
+        for fault in faults(inspected[program, name][entry], recorded, name)
+    ]
+    n_kernels = sum(len(kernels) for kernels in inspected.values())
+    spilt = sum(k.spill_bytes for kernels in inspected.values() for k in kernels.values())
+    seconds = time.perf_counter() - started_s
+    print(f"\n{len(wanted)} programs, {n_kernels} kernels on {', '.join(cards)}, {seconds:.0f} s:")
+    print(*(wrong or [f"all fit, {spilt} bytes are spilt"]), sep="\n")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

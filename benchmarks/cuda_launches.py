@@ -14,6 +14,7 @@ from tinyllm.ops import (
     cuda_attention,
     cuda_cross_entropy,
     cuda_decode,
+    cuda_hopper,
     cuda_int8,
     cuda_norm,
     cuda_pointwise,
@@ -40,7 +41,11 @@ def launches(
     """
     major, minor = int(architecture[3:-1]), int(architecture[-1])
     roomy = (major, minor) in cuda_attention.ROOMY
-    with patch.object(cuda_attention, "is_roomy", lambda device: roomy):  # no card to be asked
+    hopper = (major, minor) == cuda_hopper.CAPABILITY
+    with (  # no card to be asked
+        patch.object(cuda_attention, "is_roomy", lambda device: roomy),
+        patch.object(cuda_hopper, "is_hopper", lambda: hopper),
+    ):
         return _record(formats, heads)
 
 
@@ -62,13 +67,18 @@ def _record(formats: Sequence[torch.dtype], heads: Sequence[tuple[int, int]]) ->
 
 
 def _attention(run: Run, dtype: torch.dtype, width: int, value_width: int) -> None:
-    """Run a head forward and backward."""
+    """Run a head forward, by both kernels where there are two, and backward."""
+
+    def run_both(launch: Launch) -> None:
+        run(launch)
+        if cuda_hopper.refuses(launch) is None:
+            run(cuda_hopper.of(launch))
 
     def heads(width: int) -> Tensor:
         return torch.zeros(1, 1, ROWS, width, dtype=dtype)
 
     q, k, v, d_o = heads(width), heads(width), heads(value_width), heads(value_width)
-    o, lse = cuda_attention.forward(run, q, k, v, None, 0, 1.0)
+    o, lse = cuda_attention.forward(run_both, q, k, v, None, 0, 1.0)
     cuda_attention.backward(run, d_o, q, k, v, o, lse, None, 0, 1.0)
 
 

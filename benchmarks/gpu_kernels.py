@@ -14,8 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyllm.ops import cuda, cuda_block_op, cuda_norm_op, library, reference
+from tinyllm.ops import (
+    cuda,
+    cuda_attention,
+    cuda_block_op,
+    cuda_driver,
+    cuda_hopper,
+    cuda_norm_op,
+    library,
+    reference,
+)
 from tinyllm.ops.adamw8bit import BLOCK, Moments, Rates
+from tinyllm.ops.launch import Launch
 
 BF16 = torch.bfloat16
 Row = dict[str, Any]
@@ -65,19 +75,28 @@ def attention(
         "cudnn": by_torch(SDPBackend.CUDNN_ATTENTION),
     }
 
+    def by_hopper() -> Tensor:
+        return cuda_attention.forward(_run_hopper, q, k, v, None, 0, width**-0.5)[0]
+
     def both(run: Callable[[], Tensor]) -> Run:
         return lambda: torch.autograd.grad(run(), (q, k, v), d_o)
 
     flops = 2 * b * h * t * t * width  # two products, half of the square
     row = {"t": t, "width": width, "heads": h, "batch": b}
+    variants = {"ours, wgmma": by_hopper} if cuda_hopper.is_hopper() else {}
     with torch.no_grad():
-        alone = in_turns(forward, rounds)
-    whole = in_turns({name: both(forward[name]) for name in alone}, rounds)
+        alone = in_turns(forward | variants, rounds)
+    whole = in_turns({name: both(forward[name]) for name in alone if name in forward}, rounds)
     back = {name: max(round(ms - alone[name], 5), 1e-5) for name, ms in whole.items()}
     return [
         {"kernel": "attention forward", **row, "flops": flops, "ms": alone},
         {"kernel": "attention backward", **row, "flops": 5 * flops // 2, "ms": back},
     ]
+
+
+def _run_hopper(launch: Launch) -> None:
+    """Run attention's kernel for Hopper instead of the one by mma.sync."""
+    cuda_driver.run(cuda_hopper.of(launch))
 
 
 def linear(device: torch.device, m: int, n: int, k: int, rounds: int, copies: int) -> Row:

@@ -170,10 +170,27 @@ async def call(port: int, body: bytes, leave_after: int | None = None) -> Stream
     return stream
 
 
-def body_of(name: str, prompt: list[int], n_tokens: int) -> bytes:
-    """Return a greedy streaming call; logprobs make every token an event of its own."""
+def body_of(name: str, prompt: list[int] | str, n_tokens: int, **more: int) -> bytes:
+    """Return a greedy streaming call."""
     fields = {"model": name, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0}
-    return json.dumps({**fields, "stream": True, "logprobs": 0}).encode()
+    return json.dumps({**fields, "stream": True, **more}).encode()
+
+
+def latencies(streams: list[Stream]) -> dict[str, float]:
+    """Return medians and 95th percentiles of the waits for and between tokens, in ms."""
+    first = sorted(stream.first_ms for stream in streams)
+    between = sorted(ms for stream in streams for ms in stream.between_ms)
+    return {
+        "first_token_ms_p50": round(statistics.median(first), 1),
+        "first_token_ms_p95": round(first[int(0.95 * len(first))], 1),
+        "between_tokens_ms_p50": round(statistics.median(between), 2),
+        "between_tokens_ms_p95": round(between[int(0.95 * len(between))], 2),
+    }
+
+
+def n_equal(alone: list[Stream], together: list[Stream]) -> int:
+    """Return how many answers are the same alone and in company."""
+    return sum(one.text == other.text for one, other in zip(alone, together, strict=True))
 
 
 def prompts(n: int, length: int, seed: int) -> list[list[int]]:
@@ -184,32 +201,27 @@ def prompts(n: int, length: int, seed: int) -> list[list[int]]:
 
 async def measure_streams(port: int, name: str, n_tokens: int) -> dict[str, Any]:
     """Compare 16 streams at once with the same ones after each other."""
-    bodies = [body_of(name, prompt, n_tokens) for prompt in prompts(CLIENTS, 32, 1)]
+    # logprobs make every token an event of its own
+    bodies = [body_of(name, prompt, n_tokens, logprobs=0) for prompt in prompts(CLIENTS, 32, 1)]
     await call(port, bodies[0])  # warm-up
     started_s = time.perf_counter()
     alone = [await call(port, body) for body in bodies]
     alone_s = time.perf_counter() - started_s
-    others = [body_of(name, prompt, 1) for prompt in prompts(CLIENTS, 32, 9)]
+    others = [body_of(name, prompt, 1, logprobs=0) for prompt in prompts(CLIENTS, 32, 9)]
     await asyncio.gather(*(call(port, body) for body in others))  # no slot knows the prompts now
     started_s = time.perf_counter()
     together = await asyncio.gather(*(call(port, body) for body in bodies))
     together_s = time.perf_counter() - started_s
-    first = sorted(stream.first_ms for stream in together)
-    between = sorted(ms for stream in together for ms in stream.between_ms)
     n_alone, n_together = (
         sum(len(stream.token_s) for stream in streams) for streams in (alone, together)
     )
-    pairs = zip(alone, together, strict=True)
     return {
         "clients": CLIENTS,
         "alone_tokens_per_s": round(n_alone / alone_s, 1),
         "together_tokens_per_s": round(n_together / together_s, 1),
         "together_to_alone": round(n_together / together_s / (n_alone / alone_s), 2),
-        "first_token_ms_p50": round(statistics.median(first), 1),
-        "first_token_ms_p95": round(first[int(0.95 * len(first))], 1),
-        "between_tokens_ms_p50": round(statistics.median(between), 2),
-        "between_tokens_ms_p95": round(between[int(0.95 * len(between))], 2),
-        "equal": sum(one.text == other.text for one, other in pairs),
+        **latencies(together),
+        "equal": n_equal(alone, together),
     }
 
 
@@ -227,11 +239,12 @@ async def soak(port: int, name: str, n: int, server: psutil.Process) -> dict[str
             if i % (n // 10) == 0:
                 memory.append(server.memory_info().rss)
             luck, leave_after = rng.random(), None
-            kind, body = "whole", body_of(name, asked[i], rng.randint(1, 12))
+            kind, body = "whole", body_of(name, asked[i], rng.randint(1, 12), logprobs=0)
             if luck < MALFORMED:
                 kind, body = "malformed", rng.choice(BAD_BODIES)
             elif luck < MALFORMED + DISCONNECTED:
-                kind, body, leave_after = "left", body_of(name, asked[i], 500), rng.randint(1, 4)
+                kind, leave_after = "left", rng.randint(1, 4)
+                body = body_of(name, asked[i], 500, logprobs=0)
             kinds[kind] += 1
             stream = await call(port, body, leave_after)
             statuses[stream.status] += 1

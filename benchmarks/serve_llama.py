@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from serve import CLIENTS, Stream, call, running_server
+from serve import CLIENTS, Stream, body_of, call, latencies, n_equal, running_server
 
 from tinyllm.artifact import build_artifact
 from tinyllm.export.gguf import write_gguf
@@ -62,7 +62,7 @@ def main() -> None:
     for name, row in figures.items():
         first, between = (
             f"{row[f'{kind}_ms_p50']:.1f} / {row[f'{kind}_ms_p95']:.1f}"
-            for kind in ("first", "between")
+            for kind in ("first_token", "between_tokens")
         )
         print(f"{name:12}{row['tokens_per_s']:10.0f}{first:>16}{between:>19}{row['equal']:8}")
     ratio = figures["tinyllm"]["tokens_per_s"] / figures["llama.cpp"]["tokens_per_s"]
@@ -134,23 +134,12 @@ async def measure(
             streams[name] = together
     figures = {}
     for name, seen in streams.items():
-        first = sorted(stream.first_ms for stream in seen)
-        between = sorted(ms for stream in seen for ms in stream.between_ms)
         figures[name] = {
             "tokens_per_s": round(statistics.median(speeds[name]), 1),
-            "first_ms_p50": round(statistics.median(first), 1),
-            "first_ms_p95": round(first[int(0.95 * len(first))], 1),
-            "between_ms_p50": round(statistics.median(between), 2),
-            "between_ms_p95": round(between[int(0.95 * len(between))], 2),
-            "equal": sum(a.text == b.text for a, b in zip(alone[name], seen, strict=True)),
+            **latencies(seen),
+            "equal": n_equal(alone[name], seen),
         }
     return figures
-
-
-def body_of(model: str, prompt: str, n_tokens: int) -> bytes:
-    """Return a greedy streaming call."""
-    fields = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0}
-    return json.dumps({**fields, "stream": True}).encode()
 
 
 if __name__ == "__main__":

@@ -42,3 +42,6 @@ def test_quick_ends_in_time_with_one_json_object(name, tmp_path):
     assert table
     assert isinstance(json.loads(last), dict)
     assert seconds < LIMIT_S
+    if name == "decode":
+        logits = [row["logits"] for row in json.loads(last).values()]
+        assert all(x < 0.15 for row in logits for key, x in row.items() if key.endswith("off"))

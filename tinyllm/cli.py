@@ -40,7 +40,7 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest text in tokens.")]
 Cache = Annotated[
     str | None,
-    typer.Option(help="Keys and values in fp32, bf16 or int8; else as weights, beside INT8 bf16."),
+    typer.Option(help="Keep keys and values in fp32, bf16 or int8; else as suits the model."),
 ]
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"

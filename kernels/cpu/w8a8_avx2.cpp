@@ -4,7 +4,7 @@
 // and the sign moved to the weight keeps pairs within 2 * 127 * 127 = 32258 < 32767: exact.
 #include <immintrin.h>
 
-#include "lanes.h"
+#include "attend.h"
 #include "w8a8.h"
 
 namespace tinyllm {

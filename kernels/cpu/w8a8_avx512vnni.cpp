@@ -4,7 +4,7 @@
 // saturation. The inputs are stored with 128 added; sums start at -128 * (sum of the weights).
 #include <immintrin.h>
 
-#include "lanes.h"
+#include "attend.h"
 #include "w8a8.h"
 
 namespace tinyllm {

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "lanes.h"
+#include "attend.h"
 #include "w8a8.h"
 
 namespace tinyllm {

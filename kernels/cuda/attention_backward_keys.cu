@@ -4,7 +4,7 @@
 //
 // The tables are transposed, rows are keys: then P^T and dS^T lie in the registers just as the products
 // want their left operand. Runs after attention_backward_queries, which says more and writes delta.
-#include "attention.h"
+#include "attention_mma.h"
 
 namespace tinyllm {
 namespace {

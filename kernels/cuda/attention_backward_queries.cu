@@ -5,7 +5,7 @@
 // (Dao 2023, arXiv:2307.08691, algorithm 2.) dK and dV are attention_backward_keys', which runs after
 // this and reads delta. Each kernel owns the rows that it writes, so there are no atomics and every sum
 // has one order: the same bits in every run. The price is that S and dO V^T are computed twice.
-#include "attention.h"
+#include "attention_mma.h"
 
 namespace tinyllm {
 namespace {
@@ -37,31 +37,17 @@ __device__ __forceinline__ void row_sums(float (&delta)[kTiles][2], const Number
 KERNEL(attention_backward_queries, Attention, p, kThreads) {
   SHARED(Number, shared);
   Number *const q_tile = shared, *const d_o_tile = shared + kRows * kWidth;
-  Number* const kv_tiles = d_o_tile + kRows * kValueWidth;
-  constexpr int kHalf = kColumns * (kWidth + kValueWidth);
   const int head = blockIdx.y, group = head / (p.n_heads / p.n_kv_heads), batch = blockIdx.z;
   const int first = (gridDim.x - 1 - blockIdx.x) * kRows;
   const int lane = threadIdx.x % kLanes, warp_row = threadIdx.x / kLanes * kWarpRows, row = first + warp_row;
-  const Number *k = head_of(p.k, batch, group), *v = head_of(p.v, batch, group);
   const i64 row_of_head = (static_cast<i64>(batch) * p.n_heads + head) * p.n_tokens;
   const Visible visible{p};
-
-  const int begin = p.window ? max(first - p.window + 1, 0) / kColumns * kColumns : 0;
-  const int end = min(first + kRows, p.n_tokens);
-  const auto next_block = [&](int key) {
-    while (key < end && visible.apart(first, kRows, key, kColumns)) key += kColumns;
-    return key;
-  };
-  const auto stage_block = [&](int key, int half) {
-    Number* tile = kv_tiles + half * kHalf;
-    stage<kWidth, kColumns>(tile, k, p.k.token, key, p.n_tokens);
-    stage<kValueWidth, kColumns>(tile + kColumns * kWidth, v, p.v.token, key, p.n_tokens);
-  };
+  const KeyBlocks blocks(p, group, first, d_o_tile + kRows * kValueWidth);
 
   stage<kWidth, kRows>(q_tile, head_of(p.q, batch, head), p.q.token, first, p.n_tokens);
   stage<kValueWidth, kRows>(d_o_tile, head_of(p.d_o, batch, head), p.d_o.token, first, p.n_tokens);
-  int key = next_block(begin);
-  stage_block(key, 0);
+  int key = blocks.begin();
+  blocks.fetch(key, 0);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -78,14 +64,14 @@ KERNEL(attention_backward_queries, Attention, p, kThreads) {
     }
   clear<kWidth>(d_q);
 
-  for (int half = 0; key < end; half ^= 1) {
+  for (int half = 0; key < blocks.end; half ^= 1) {
     cp_async_wait<0>();
     __syncthreads();
-    const int next = next_block(key + kColumns);
-    if (next < end) stage_block(next, half ^ 1);
+    const int next = blocks.next(key + kColumns);
+    if (next < blocks.end) blocks.fetch(next, half ^ 1);
     cp_async_commit();
     if (key < row + kWarpRows) {
-      const Number *k_tile = kv_tiles + half * kHalf, *v_tile = k_tile + kColumns * kWidth;
+      const Number *k_tile = blocks.tile(half), *v_tile = k_tile + kColumns * kWidth;
       float s[kTiles][kColumns / 8][4], d_p[kTiles][kColumns / 8][4];
       clear<kColumns>(s), clear<kColumns>(d_p);
       multiply_rows<kWidth, kColumns>(s, q_tile, warp_row, k_tile);

@@ -21,9 +21,8 @@
 namespace emu {
 
 constexpr int kLanes = 32, kMaxThreads = 1024, kMaxWarps = kMaxThreads / kLanes;
-constexpr unsigned kMaxShared = 99 * 1024;  // of a block, on sm_86 and sm_89
-constexpr size_t kStack = 256 * 1024, kPage = 4096, kArena = 28 * kPage;
-constexpr int kMaxCopies = 256;             // asynchronous copies of a thread in flight
+constexpr size_t kStack = 256 * 1024, kPage = 4096;
+constexpr int kMaxCopies = 256;  // asynchronous copies of a thread in flight
 
 struct Extent {
   unsigned x, y, z;
@@ -43,24 +42,38 @@ struct Copy {
   int n_bytes;
 };
 
-enum class State { kReady, kWarp, kBlock, kDone };
+enum class State { kReady, kWarp, kBlock, kUntil, kDone };
 
 struct Thread {
   ucontext_t context;
   jmp_buf resume;
   bool started;
   State state;
-  Site site;          // where it waits
-  void* operands;     // of the warp's operation
+  Site site;                       // where it waits
+  void* operands;                  // of the warp's operation
+  bool (*is_over)(const Thread&);  // what it waits for in kUntil, of these two
+  const void* subject;
+  int parity;
   Extent index;
   Copy copies[kMaxCopies];
   int n_copies, n_groups, group_end[kMaxCopies];
 };
 
+// What else a card has beside its threads, and how much; kernels/emu/mbarrier.h is for such a card.
+struct Card {
+  unsigned max_shared;        // of a block
+  unsigned shared_alignment;  // of its first byte
+  void (*begin)();            // of a block
+  bool (*step)();             // ends something that runs beside the threads; false: there is nothing
+  void (*end)();              // of a block
+};
+static Card card = {99 * 1024, 128, [] {}, [] { return false; }, [] {}};  // sm_86 and sm_89
+
 // The machine. Static, so that each compiled kernel has its own; one run at a time.
 struct Machine {
   Thread* threads;
   char *stacks, *arena, *shared;
+  size_t arena_bytes;
   unsigned shared_bytes;
   int n_threads, current;
   Extent grid, block, block_index;
@@ -128,45 +141,12 @@ static void meet(const Site& site, void* operands, void (*apply)(void* const ope
   for (int i = 0; i < kLanes; i++) w[i].state = State::kReady;
 }
 
-// ---- asynchronous copies: the old bytes are gone at once, the new ones come at the wait ----
-
 static void check_shared(const void* p, int n_bytes, const char* what) {
   const char* c = static_cast<const char*>(p);
   if (reinterpret_cast<uintptr_t>(p) % n_bytes)
     fail("%s: shared address is not a multiple of %d", what, n_bytes);
   if (c < m.shared || c + n_bytes > m.shared + m.shared_bytes)
     fail("%s: byte %td of %u of shared memory", what, c - m.shared, m.shared_bytes);
-}
-
-static void copy_start(void* to, const void* from, int n_bytes) {
-  Thread& me = self();
-  check_shared(to, n_bytes, "cp_async");
-  if (reinterpret_cast<uintptr_t>(from) % n_bytes)
-    fail("cp_async: source is not a multiple of %d", n_bytes);
-  if (me.n_copies == kMaxCopies) fail("more than %d copies in flight", kMaxCopies);
-  memset(to, 0xff, n_bytes);
-  me.copies[me.n_copies++] = {static_cast<char*>(to), static_cast<const char*>(from), n_bytes};
-}
-
-static void copy_commit() {
-  Thread& me = self();
-  if (me.n_groups == kMaxCopies) fail("more than %d groups of copies in flight", kMaxCopies);
-  me.group_end[me.n_groups++] = me.n_copies;
-}
-
-static void copy_wait(int n_left) {  // at most n_left groups stay in flight
-  Thread& me = self();
-  const int n = me.n_groups - n_left;
-  if (n <= 0) return;
-  const int end = me.group_end[n - 1];
-  for (int i = 0; i < end; i++) {
-    const Copy& c = me.copies[i];
-    if (c.from) memcpy(c.to, c.from, c.n_bytes);
-    else memset(c.to, 0, c.n_bytes);
-  }
-  memmove(me.copies, me.copies + end, (me.n_copies - end) * sizeof(Copy));
-  me.n_copies -= end, me.n_groups -= n;
-  for (int i = 0; i < me.n_groups; i++) me.group_end[i] = me.group_end[i + n] - end;
 }
 
 // ---- the scheduler ----
@@ -192,9 +172,13 @@ static void resume(int thread) {
 }
 
 static bool is_ready(int warp) {
-  for (int i = 0; i < kLanes; i++)
-    if (m.threads[warp * kLanes + i].state == State::kReady) return true;
-  return false;
+  bool any = false;
+  for (int i = 0; i < kLanes; i++) {
+    Thread& t = m.threads[warp * kLanes + i];
+    if (t.state == State::kUntil && t.is_over(t)) t.state = State::kReady;
+    any |= t.state == State::kReady;
+  }
+  return any;
 }
 
 // Runs a warp until all its lanes wait for other warps, or until it gives way.
@@ -229,6 +213,7 @@ static void open_barrier() {
 }
 
 static void run_block() {
+  card.begin();
   memset(m.shared, 0xff, m.shared_bytes);  // NaN as fp32, bf16, fp16; -1 as integers
   for (int i = 0; i < m.n_threads; i++) {
     Thread& t = m.threads[i];
@@ -240,19 +225,20 @@ static void run_block() {
     int ready[kMaxWarps], n = 0, n_done = 0;
     for (int w = 0; w < n_warps; w++)
       if (is_ready(w)) ready[n++] = w;
+    for (int i = 0; i < m.n_threads; i++) n_done += m.threads[i].state == State::kDone;
+    if (n_done == m.n_threads) return card.end();
+    if ((n == 0 || (m.eagerness && draw(m.eagerness) == 0)) && card.step()) continue;
     if (n) {
       run_warp(ready[draw(n)]);
       continue;
     }
-    for (int i = 0; i < m.n_threads; i++) n_done += m.threads[i].state == State::kDone;
-    if (n_done == m.n_threads) return;
     open_barrier();
   }
 }
 
 static void on_fault(int, siginfo_t* info, void*) {
   const char* p = static_cast<char*>(info->si_addr);
-  if (p >= m.arena - kPage && p < m.arena + kArena + kPage)
+  if (p >= m.arena - kPage && p < m.arena + m.arena_bytes + kPage)
     fail("thread %d: byte %td of %u of shared memory", m.current, p - m.shared, m.shared_bytes);
   fail("thread %d reads or writes address %p", m.current, info->si_addr);
 }
@@ -285,11 +271,13 @@ static int run(void (*body)(const void*), int max_threads, const void* arguments
   m.shared_bytes = shared_bytes;
   m.random = (seed + 1) * 0x9e3779b97f4a7c15ull;
   m.eagerness = seed % 3 == 0 ? 0 : seed % 3 == 1 ? 16 : 2;
-  m.arena = pages(kArena + 2 * kPage) + kPage;  // between two pages that fault
+  m.arena_bytes = card.max_shared + 13 * 1024;         // whole pages
+  m.arena = pages(m.arena_bytes + 2 * kPage) + kPage;  // between two that fault
   mprotect(m.arena - kPage, kPage, PROT_NONE);
-  mprotect(m.arena + kArena, kPage, PROT_NONE);
-  m.shared = m.arena + kArena - (shared_bytes + 127) / 128 * 128;
-  memset(m.arena, 0xff, kArena);
+  mprotect(m.arena + m.arena_bytes, kPage, PROT_NONE);
+  const unsigned whole = card.shared_alignment;
+  m.shared = m.arena + m.arena_bytes - (shared_bytes + whole - 1) / whole * whole;
+  memset(m.arena, 0xff, m.arena_bytes);
   m.stacks = pages(kStack * m.n_threads);
   struct sigaction ours = {}, old_segv, old_bus;
   ours.sa_sigaction = on_fault, ours.sa_flags = SA_SIGINFO | SA_NODEFER;
@@ -298,13 +286,14 @@ static int run(void (*body)(const void*), int max_threads, const void* arguments
   if (!failed) {
     if (m.n_threads > max_threads || m.n_threads % kLanes || m.n_threads == 0)
       fail("%d threads: not a multiple of %d up to %d", m.n_threads, kLanes, max_threads);
-    if (shared_bytes > kMaxShared) fail("%u bytes of shared memory, at most %u", shared_bytes, kMaxShared);
+    if (shared_bytes > card.max_shared)
+      fail("%u bytes of shared memory, at most %u", shared_bytes, card.max_shared);
     if (m.grid.x == 0 || m.grid.y - 1 > 65534 || m.grid.z - 1 > 65534)
       fail("grid %u x %u x %u: x is at least 1, y and z 1 to 65535", m.grid.x, m.grid.y, m.grid.z);
     run_blocks();
   }
   sigaction(SIGSEGV, &old_segv, nullptr), sigaction(SIGBUS, &old_bus, nullptr);
-  munmap(m.arena - kPage, kArena + 2 * kPage);
+  munmap(m.arena - kPage, m.arena_bytes + 2 * kPage);
   munmap(m.stacks, kStack * m.n_threads);
   return failed;
 }

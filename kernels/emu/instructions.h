@@ -1,6 +1,7 @@
 // What instructions.h of kernels/cuda does in PTX, done by the emulator; see there for the meaning.
 // The fragments follow the figures of the PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32".
 #pragma once
+#include "copies.h"
 #include "cuda_names.h"
 
 namespace tinyllm {

@@ -7,7 +7,7 @@ from unittest import mock
 import emulator
 import torch
 
-from tinyllm.ops import cuda_attention, library, reference
+from tinyllm.ops import cuda_attention, cuda_hopper, library, reference
 
 BORDER = 3  # rows of NaN behind each sequence: what reads past the end shows
 
@@ -26,6 +26,7 @@ class Case:
     window: int = 0
     dtype: torch.dtype = torch.bfloat16
     size: float = 1.0
+    hopper: bool = False
 
     @cached_property
     def tensors(self):
@@ -95,7 +96,9 @@ class Case:
         results = []
 
         def run(launch):
-            mine = tuple(e for e in edits if e[0] in (launch.source, "attention.h"))
+            if self.hopper and launch.entry == cuda_hopper.REPLACES:
+                launch = cuda_hopper.of(launch)
+            mine = tuple(e for e in edits if e[0].endswith(".h") or e[0] == launch.source)
             if conflicts := emulator.run(launch, seed, mine):
                 raise emulator.EmulatorError(f"{launch.source}: {conflicts} bank conflicts")
             if not all(x[:, self.t :].isnan().all() for x in results):

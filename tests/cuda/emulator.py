@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tinyllm.ops import build
-from tinyllm.ops.launch import Launch
+from tinyllm.ops.launch import TENSOR_MAP_BYTES, Launch
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 FLAGS = (
@@ -19,6 +19,17 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-strict-aliasing", "-DTINYLLM_EMU"),
 )
 MESSAGE_BYTES = 500
+
+
+class Map(ctypes.Structure):
+    """`emu::Map` of kernels/emu/mbarrier.h, in the place of what a driver writes."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("sizes", ctypes.c_uint64 * 4),
+        ("strides", ctypes.c_uint64 * 3),
+        ("rows", ctypes.c_uint32),
+    )
 
 
 class EmulatorError(Exception):
@@ -39,6 +50,10 @@ def run(launch: Launch, seed: int = 0, edits: tuple[tuple[str, str, str], ...] =
     library = ctypes.CDLL(str(compile_source(launch.source, launch.defines, edits)))
     entry = getattr(library, launch.entry)
     extents = (ctypes.c_uint * 6)(*launch.grid, *launch.block)
+    for i, tensor in enumerate(launch.tensors):
+        map_ = Map(tensor.address, tensor.sizes, tensor.strides, tensor.rows)
+        to = ctypes.addressof(launch.arguments) + i * TENSOR_MAP_BYTES
+        ctypes.memmove(to, ctypes.byref(map_), ctypes.sizeof(map_))
     message = ctypes.create_string_buffer(MESSAGE_BYTES)
     failed = entry(
         ctypes.byref(launch.arguments),

@@ -6,6 +6,10 @@ struct Seen {
   long image, shared_limit, stream;
   unsigned extents[7];
   struct { float* x; long long n; } arguments;
+  struct {
+    long address, sizes[4], strides[3];
+    unsigned box[4], type, rank, interleave, swizzle, promotion, fill;
+  } tensor;
 } seen;
 
 int cuModuleLoadData(void** module, const char* image) {
@@ -31,6 +35,19 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
   memcpy(&seen.arguments, parameters[0], sizeof seen.arguments);
   seen.stream = (long)stream;
   return function == &seen && !extra ? 0 : 1;
+}
+
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, const unsigned long* sizes,
+                           const unsigned long* strides, const unsigned* box, const unsigned* steps,
+                           int interleave, int swizzle, int promotion, int fill) {
+  seen.tensor.address = (long)address;
+  memcpy(seen.tensor.sizes, sizes, sizeof seen.tensor.sizes);
+  memcpy(seen.tensor.strides, strides, sizeof seen.tensor.strides);
+  memcpy(seen.tensor.box, box, sizeof seen.tensor.box);
+  seen.tensor.type = type, seen.tensor.rank = rank, seen.tensor.interleave = interleave;
+  seen.tensor.swizzle = swizzle, seen.tensor.promotion = promotion, seen.tensor.fill = fill;
+  memset(map, 0x5a, 128);
+  return (long)map % 64 || steps[0] * steps[1] * steps[2] * steps[3] != 1;
 }
 
 int cuGetErrorString(int code, const char** text) {

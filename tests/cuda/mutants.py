@@ -6,6 +6,8 @@ FORWARD, QUERIES, KEYS = (
     f"attention_{name}.cu" for name in ("forward", "backward_queries", "backward_keys")
 )
 
+SOFTMAX = "attention_softmax.h"
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -50,25 +52,35 @@ ATTENTION = [
     ),
     Mutant(
         "no shuffle of the largest",
-        FORWARD,
+        SOFTMAX,
         "best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, 2));",
         "",
     ),
-    Mutant("no shuffle of the sum", FORWARD, "sum += __shfl_xor_sync(kAllLanes, sum, 1);", ""),
+    Mutant(
+        "no shuffle of the sum",
+        SOFTMAX,
+        "sum[i][half] += __shfl_xor_sync(kAllLanes, sum[i][half], 1);",
+        "",
+    ),
     Mutant(
         "the result is not rescaled",
-        FORWARD,
-        "o[i][j][2 * half] *= shrink, o[i][j][2 * half + 1] *= shrink;",
+        SOFTMAX,
+        "o[i][j][e] *= shrink[i][e / 2];",
         ";",
     ),
-    Mutant("the sum is not rescaled", FORWARD, "sum[i][half] *= shrink;", ""),
+    Mutant("the sum is not rescaled", SOFTMAX, "sum[i][half] *= shrink[i][half];", ""),
     Mutant(
         "no scale",
         FORWARD,
-        "softmax.update(s, o, p.scale * kLog2E)",
-        "softmax.update(s, o, kLog2E)",
+        "softmax.update(s, shrink, p.scale * kLog2E)",
+        "softmax.update(s, shrink, kLog2E)",
     ),
-    Mutant("log-sum-exp of base 2", FORWARD, "log2_fast(sum) * kLn2", "log2_fast(sum)"),
+    Mutant(
+        "log-sum-exp of base 2",
+        SOFTMAX,
+        "log2_fast(sum[i][half]) * kLn2",
+        "log2_fast(sum[i][half])",
+    ),
     Mutant("no scale of dQ", QUERIES, "factor[i / 2][i % 2] = p.scale", "factor[i / 2][i % 2] = 1"),
     Mutant("no shuffle of delta", QUERIES, "sum += __shfl_xor_sync(kAllLanes, sum, 2);", ""),
     Mutant("no delta", QUERIES, "(d_p[i][j][e] - delta[i][e / 2])", "d_p[i][j][e]"),
@@ -130,34 +142,34 @@ ATTENTION = [
     ),
     Mutant(
         "writing without the swizzle",
-        "attention.h",
+        "attention_mma.h",
         "cp_async_16(tile + place<kWidth>(r, c)",
         "cp_async_16(tile + r * kWidth + c * 8",
     ),
     Mutant(
         "no swizzle at all",
-        "attention.h",
+        "attention_mma.h",
         "(chunk ^ (row >> (3 - kBits) & ((1 << kBits) - 1)))",
         "chunk",
     ),
     Mutant(
-        "a swizzle by the wrong bits", "attention.h", "row >> (3 - kBits)", "row >> (4 - kBits)"
+        "a swizzle by the wrong bits", "attention_mma.h", "row >> (3 - kBits)", "row >> (4 - kBits)"
     ),
     Mutant(
         "reading past the sequence",
-        "attention.h",
+        "attention_mma.h",
         "const bool is_real = row + r < n_tokens;",
         "const bool is_real = row + r <= n_tokens;",
     ),
     Mutant(
         "matrices of B exchanged",
-        "attention.h",
+        "attention_mma.h",
         "(16 * j + lane / 16 * 8) * kDepth + place<kDepth>(lane % 8, depth ^ lane / 8 % 2)",
         "(16 * j + lane / 8 % 2 * 8) * kDepth + place<kDepth>(lane % 8, depth ^ lane / 16)",
     ),
     Mutant(
         "a pair of weights exchanged",
-        "attention.h",
+        "attention_mma.h",
         "pack<Number>(pair[0], pair[1])",
         "pack<Number>(pair[1], pair[0])",
     ),

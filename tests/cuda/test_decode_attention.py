@@ -103,3 +103,23 @@ def test_widths_and_formats_it_lacks_are_refused():
     q, k, v, lengths = problem(2, 1, 64, [5], torch.bfloat16, 8)
     with pytest.raises(ValueError, match="int32"):
         cuda_decode.attention(runner(0), q, k, v, lengths.long(), scale=1.0)
+
+
+def test_recorded_launches_serve_a_cache_that_grows(monkeypatch):
+    """As a replayed graph does: the same launches, the same memory, another length in it."""
+    q, k, v, lengths = problem(4, 2, 32, [200], torch.bfloat16, 200)
+    make, held, launches = torch.Tensor.new_empty, [], []
+
+    def hold(*args, **kwargs):
+        held.append(make(*args, **kwargs))
+        return held[-1]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", hold)
+    y = cuda_decode.attention(launches.append, q, k, v, lengths, window=150, scale=0.2)
+    for n in (1, 64, 65, 200):
+        lengths.fill_(n)
+        for launch in launches:
+            runner(0)(launch)
+        arguments = lengths, 150, 0.2
+        truth = plain(q.double(), k.double(), v.double(), *arguments)
+        no_worse(y, plain(q, k, v, *arguments), truth, times=2)

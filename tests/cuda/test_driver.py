@@ -11,16 +11,29 @@ import pytest
 import torch
 
 from tinyllm.ops import cuda_build, cuda_driver, registry
-from tinyllm.ops.launch import Launch
+from tinyllm.ops.launch import Launch, TensorMap
 
 SOURCE = """struct Arguments { float* x; long long n; };
 extern "C" __global__ void add(const __grid_constant__ Arguments p) { p.x[threadIdx.x] += 1; }
 """
+TILED = ("interleave", "swizzle", "promotion", "fill")
 GPU, STREAM = torch.device("cuda", 0), 0x1234
 
 
 class Arguments(ctypes.Structure):
     _fields_ = (("x", ctypes.c_void_p), ("n", ctypes.c_int64))
+
+
+class SeenTensor(ctypes.Structure):
+    """Likewise, what a tensor map is made of."""
+
+    _fields_ = (
+        ("address", ctypes.c_long),
+        ("sizes", ctypes.c_long * 4),
+        ("strides", ctypes.c_long * 3),
+        ("box", ctypes.c_uint * 4),
+        *((name, ctypes.c_uint) for name in ("type", "rank", *TILED)),
+    )
 
 
 class Seen(ctypes.Structure):
@@ -30,6 +43,7 @@ class Seen(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("images", "shared_limit", "stream")),
         ("extents", ctypes.c_uint * 7),
         ("arguments", Arguments),
+        ("tensor", SeenTensor),
     )
 
 
@@ -83,6 +97,24 @@ def test_the_driver_gets_what_the_launch_says(card):
     assert list(card.extents) == [5, 4, 3, 32, 2, 1, 0]
     assert (card.arguments.x, card.arguments.n) == (0xABCDEF, 1 << 40)
     assert card.stream == STREAM
+
+
+def test_tensor_maps_are_encoded_into_the_arguments(card):
+    driver = pytest.importorskip("cuda.bindings.driver")
+    tensor = TensorMap(address=0xAB00, sizes=(64, 9, 4, 2), strides=(512, 128, 4608), rows=128)
+    arguments = (ctypes.c_ubyte * 400)()
+    cuda_driver.run(launch(arguments=arguments, tensors=(tensor, tensor)))
+    assert bytes(arguments) == b"\x5a" * 256 + bytes(144)
+    seen = card.tensor
+    assert (seen.address, *seen.sizes, *seen.strides) == (0xAB00, 64, 9, 4, 2, 512, 128, 4608)
+    assert [*seen.box, seen.rank] == [64, 128, 1, 1, 4]
+    assert seen.type == driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16.value
+    assert [getattr(seen, name) for name in TILED] == [
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE.value,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B.value,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B.value,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE.value,
+    ]
 
 
 def test_a_source_is_loaded_once(card):

@@ -20,7 +20,7 @@ CHAINS = {
     "rms_norm": ["cuda", "reference"],
     "rope": ["cuda", "reference"],
     "swiglu": ["cuda", "reference"],
-    "decode_attention": ["cuda", "reference"],
+    "decode_attention": ["cuda", "torch", "reference"],
 }
 
 

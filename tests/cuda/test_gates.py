@@ -15,6 +15,7 @@ from tinyllm.ops.build import BuildError
 TENSOR_CORES = {"HMMA", "LDSM", "LDGSTS.128"}
 MEANT = {
     "attention_forward": TENSOR_CORES,
+    "attention_forward_hopper": {"HGMMA", "UTMALDG"},
     "attention_backward_queries": TENSOR_CORES,
     "attention_backward_keys": TENSOR_CORES,
     "rms_norm_forward": {"LDG.128", "STG.128"},
@@ -40,9 +41,10 @@ SHIPPED = ((64, 64), (128, 128))
 def faults_of(compiler, recorded, architecture):
     """Return everything that is wrong, by kernel."""
     found = {}
-    for program, entries in cuda_gates.programs(recorded).items():
-        kernels = cuda_gates.inspect(compiler, program, architecture)
-        for entry, of_entry in entries.items():
+    by_program = cuda_gates.programs(recorded)
+    wanted = [(program, architecture) for program in by_program]
+    for (program, _), kernels in cuda_gates.inspect_all(compiler, wanted).items():
+        for entry, of_entry in by_program[program].items():
             wrong = cuda_gates.faults(kernels[entry], of_entry, architecture)
             # of a cache in INT8 a lane reads 8 bytes, as many numbers as 16 bytes of bf16
             meant = MEANT[entry] - ({"LDG.128"} if "CACHE=i8" in program[1] else set())
@@ -75,7 +77,9 @@ def test_no_kernel_is_left_out():
         for source in cuda_build.sources()
         for name in re.findall(r"^KERNEL\((\w+),", (cuda_build.SOURCES / source).read_text(), re.M)
     }
-    recorded = launches("sm_86", FORMATS[:1], SHIPPED)
+    recorded = [
+        launch for name in ("sm_86", "sm_90") for launch in launches(name, FORMATS[:1], SHIPPED)
+    ]
     assert {launch.entry for launch in recorded} == written == set(MEANT)
     assert {launch.source for launch in recorded} == set(cuda_build.sources())
 
@@ -100,6 +104,15 @@ def test_a_kernel_that_spills_is_caught(monkeypatch, tmp_path):
     wrong = " ".join(cuda_gates.faults(kernel, [], "sm_86"))
     assert "spills" in wrong
     assert "local memory" in wrong
+
+
+def test_wgmma_that_wait_for_each_other_are_caught():
+    """With another warpgroup a thread has too few registers."""
+    (launch,) = [each for each in launches("sm_90", FORMATS[:1], SHIPPED[1:]) if each.tensors]
+    defines = tuple(each.replace("WARPGROUPS=2", "WARPGROUPS=3") for each in launch.defines)
+    kernels = cuda_gates.inspect(cuda_build.nvrtc(), (launch.source, defines), "sm_90")
+    wrong = cuda_gates.faults(kernels[launch.entry], [launch], "sm_90")
+    assert "its wgmma wait for each other" in wrong
 
 
 @pytest.mark.parametrize(

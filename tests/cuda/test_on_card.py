@@ -6,7 +6,7 @@ What needs no card, odd shapes above all, is tested in the emulator.
 import pytest
 import torch
 
-from tinyllm.ops import cuda, cuda_block_op, cuda_norm_op, reference
+from tinyllm.ops import cuda, cuda_block_op, cuda_hopper, cuda_norm_op, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -62,6 +62,36 @@ def test_attention(dtype, widths, shared, window, t):
         return reference.attention(q, k, v, documents, window, 0.1)
 
     check(ours, definition, inputs)
+
+
+@FORMATS
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (128, 64)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "window and documents"])
+@pytest.mark.parametrize("t", [33, 2000], ids=["small", "large"])
+def test_attention_by_wgmma(dtype, widths, masked, t, monkeypatch):
+    """The kernel for Hopper, then the one by mma.sync on the same problem."""
+    if not cuda_hopper.is_hopper():
+        pytest.skip("the card is no Hopper")
+    k_width, v_width = widths
+    inputs = [
+        normal(2, n, t, width, dtype=dtype)
+        for n, width in ((4, k_width), (2, k_width), (2, v_width))
+    ]
+    documents = torch.arange(t, device=CARD).div(190, rounding_mode="floor").expand(2, t)
+    rest = (documents if masked else None, 150 if masked else 0, 0.1)
+
+    def ours(q, k, v):
+        return cuda.attention(q, k, v, *rest)
+
+    def definition(q, k, v):
+        return reference.attention(q, k, v, *rest)
+
+    results = []
+    for kernel in cuda_hopper.CHOICES:
+        monkeypatch.setenv(cuda_hopper.VARIABLE, kernel)
+        check(ours, definition, inputs)
+        results.append(ours(*inputs))
+    assert not torch.equal(*results), "both are the same kernel"
 
 
 @FORMATS

@@ -1,4 +1,7 @@
-"""A step of fixed shapes makes the logits of the growing cache; a card replays it as a graph."""
+"""A step of fixed shapes makes the logits of the growing cache; a card replays it as a graph.
+
+tests/cuda/test_decode_step.py has the same step with our kernel.
+"""
 
 import pytest
 import torch
@@ -23,10 +26,12 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @torch.inference_mode()
-def test_logits_are_those_of_the_growing_cache(kind, dtype):
+def test_logits_are_those_of_the_growing_cache(kind, dtype, backend, monkeypatch):
+    monkeypatch.setenv("TINYLLM_KERNELS", backend)
     model = tiny_model(**KINDS[kind])
     grown, fixed = (KVCache(model.config, 1, 24, dtype, "cpu") for _ in range(2))
     for cache in (grown, fixed):

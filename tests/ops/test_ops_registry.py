@@ -91,6 +91,13 @@ def test_describing_compiles_nothing(fresh):
         assert "first use" in row.why
 
 
+def test_doctor_names_only_backends_that_an_operation_has(monkeypatch):
+    monkeypatch.delenv("TINYLLM_KERNELS", raising=False)
+    for operation, implementations in registry.OPERATIONS.items():
+        assert backend_of(operation).backend in [each.backend for each in implementations]
+    assert (backend_of("rope").backend, backend_of("rope").why) == ("reference", "no C++ of ours")
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_forced_backend_is_taken(monkeypatch, backend):
     monkeypatch.setenv("TINYLLM_KERNELS", backend)

@@ -1,8 +1,9 @@
 """One token through the model with fixed shapes and addresses, so that a card can replay it.
 
 A small model decodes at the speed of its launches, some hundreds per token: a CUDA graph makes
-them one. Attention looks at all positions that the cache has room for, behind a mask. Elsewhere the
-same step runs without a graph, which is what tests compare. One sequence at a time.
+them one. Attention gets the cache's whole memory and how much of it is filled, a number on the card
+(`ops.block.decode_attention`). Elsewhere the same step runs without a graph, which is what tests
+compare. One sequence at a time.
 """
 
 from collections.abc import Sequence
@@ -72,14 +73,13 @@ class _FixedCache:
 
     def __init__(self, memory: Sequence[tuple[Stored, Stored]], device: torch.device) -> None:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._index_S = torch.arange(memory[0][0].numbers.shape[2], device=device)
         self.layers = [_FixedLayer(k, v, self.position) for k, v in memory]
 
     def plan(self, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the position, (1,), and the mask, (1, S)."""
+        """Return the position and the number of positions with it, both (1,)."""
         if n_tokens != 1:
             raise ValueError(f"one token at a time, not {n_tokens}")
-        return self.position, (self._index_S <= self.position)[None]
+        return self.position, self.position.to(torch.int32) + 1
 
 
 class _FixedLayer:

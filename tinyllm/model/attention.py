@@ -14,7 +14,7 @@ from tinyllm.model.norm import RMSNorm
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.ops import reference
 from tinyllm.ops.attention import attention
-from tinyllm.ops.block import is_alone, rope
+from tinyllm.ops.block import decode_attention, is_alone, rope
 
 
 class LayerCache(Protocol):
@@ -70,6 +70,8 @@ class Attention(nn.Module):
             mask: True where a query may look at a key, broadcastable to (B, 1, T, S); None means
             causal with T = S, or one query that sees every key (of its window). In training
             without a cache there is none: our kernels know documents and windows themselves.
+            int32, (B,): T = 1, and the cache returns its whole memory, of which so many positions
+            are filled.
             document_ids: (B, T) in training, where several documents share a row.
             cache: where keys and values of earlier positions are kept; None means there are none.
         """
@@ -85,7 +87,12 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         if mask is None and T == 1 and self.window is not None:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-        if self.training and cache is None:
+        if mask is not None and is_lengths(mask):
+            y_BHK = decode_attention(
+                q.squeeze(2), k, v, mask, window=self.window or 0, scale=self.d_head**-0.5
+            )
+            y_BHTK = y_BHK.unsqueeze(2)
+        elif self.training and cache is None:
             y_BHTK = attention(q, k, v, document_ids=document_ids, window=self.window or 0)
         else:
             y_BHTK = attend(q, k, v, mask)
@@ -136,6 +143,11 @@ def attend_with_bias(
     shares = (scores.view(B, H, T, -1) + bias_TS).softmax(dim=-1)
     y_BHTV: Tensor = (shares.view(B, G, H // G * T, -1) @ v_BGSK).view(B, H, T, -1)
     return y_BHTV
+
+
+def is_lengths(mask: Tensor) -> bool:
+    """Whether a mask tells how much of a cache is filled: a number, which a graph may replay."""
+    return mask.dtype == torch.int32
 
 
 def causal_mask(n_tokens: int, device: torch.device) -> Tensor:

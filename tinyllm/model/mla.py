@@ -19,11 +19,12 @@ N and E widths of a head without and with position, V width of a value head.
 import torch
 from torch import Tensor, nn
 
-from tinyllm.model.attention import LayerCache, attend, causal_mask
+from tinyllm.model.attention import LayerCache, attend, causal_mask, is_lengths
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.rope import apply_rope, yarn_temperature
 from tinyllm.model.sizes import MlaSizes, ModelConfig
 from tinyllm.ops.attention import attention
+from tinyllm.ops.reference import cache_mask
 
 LATENT_EPS = 1e-6
 """Of the norms of the latents, whatever `norm_eps` is: DeepSeek's code fixes it."""
@@ -75,6 +76,8 @@ class LatentAttention(nn.Module):
         key = apply_rope(key[:, :, None], cos, sin).transpose(1, 2)  # (B, 1, T, E)
         if cache is not None:
             key, latent = cache.append(key, latent)
+        if mask is not None and is_lengths(mask):
+            mask = cache_mask(mask, key.shape[2], self.window or 0)[:, None, None]
         if mask is None and T == 1 and self.window is not None:
             key, latent = key[:, :, -self.window :], latent[:, :, -self.window :]
         # what stands in for a plain layer (LoRA) has no one matrix that could be absorbed

@@ -18,6 +18,7 @@ from tinyllm.model.attention import (
     causal_mask,
     document_mask,
     document_positions,
+    is_lengths,
     window_mask,
 )
 from tinyllm.model.checkpointing import Checkpoint, run_block
@@ -36,7 +37,10 @@ class Cache(Protocol):
         """One per block."""
 
     def plan(self, n_tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Return the positions of the next `n_tokens`, (T,) or (B, T), and the attention mask."""
+        """Return the positions of the next `n_tokens`, (T,) or (B, T), and the attention mask.
+
+        The mask is one of those of `Attention.forward`.
+        """
 
 
 class Block(nn.Module):
@@ -149,9 +153,11 @@ class Transformer(nn.Module):
         """Return each block's mask: narrower for a block with a window.
 
         Without a mask one token needs none there either: attention cuts the keys instead. Nor do
-        whole sequences in training.
+        whole sequences in training, nor lengths: attention knows its window.
         """
         narrow = mask
+        if mask is not None and is_lengths(mask):
+            return [mask] * self.config.n_layers
         if self.config.window is not None and not learns and (mask is not None or n_tokens > 1):
             whole = causal_mask(n_tokens, self.rope_cos.device) if mask is None else mask
             narrow = window_mask(whole, self.config.window)

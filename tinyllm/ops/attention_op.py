@@ -1,9 +1,10 @@
-"""Makes a torch operator with a gradient of a pair of native attention kernels.
+"""What our attention on a CPU and that on a card share: the torch operator, and how heads lie.
 
 Autograd and `torch.compile` know such an operator, the latter takes it whole. Dimensions: B batch,
 T positions, H query heads, G key-value heads, K width of queries and keys, E width of values.
 """
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,44 @@ Backward = Callable[
     tuple[Tensor, Tensor, Tensor],
 ]
 """(d_o, q, k, v, o, lse, document_ids, window, scale) to the gradients of q, k and v."""
+_OPTIONS = "Tensor? document_ids, int window, float scale"
+_SCHEMA = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
+    f"(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+class Heads(ctypes.Structure):
+    """`tinyllm::Heads` of kernels/cpu/flash.h and kernels/cuda/attention.h: where a tensor lies."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+    )
+
+
+def heads_of(x: Tensor) -> Heads:
+    """Return where a tensor (B, heads, T, width) lies; the caller keeps it."""
+    return Heads(x.data_ptr(), *x.stride()[:3])
+
+
+def check_fit(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTE: Tensor) -> None:
+    """Refuse what the native kernels would read wrongly.
+
+    Raises:
+        ValueError: the shapes or formats do not fit together.
+    """
+    b, h, t, width = q_BHTK.shape
+    g, value_width = k_BGTK.shape[1], v_BGTE.shape[-1]
+    if k_BGTK.shape != (b, g, t, width) or v_BGTE.shape != (b, g, t, value_width) or h % g:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q_BHTK, k_BGTK, v_BGTE))
+        raise ValueError(f"queries, keys and values do not fit together: {shapes}")
+    if not q_BHTK.dtype == k_BGTK.dtype == v_BGTE.dtype:
+        dtypes = f"{q_BHTK.dtype}, {k_BGTK.dtype}, {v_BGTE.dtype}"
+        raise ValueError(f"one number format is needed, got {dtypes}")
 
 
 def as_operator(
@@ -38,9 +77,15 @@ def as_operator(
         backward: likewise.
         device_types: what it runs on; None: anything.
     """
-    operator = torch.library.custom_op(name, forward, mutates_args=(), device_types=device_types)
+    operator = torch.library.custom_op(
+        name, forward, mutates_args=(), device_types=device_types, schema=_SCHEMA
+    )
     gradient = torch.library.custom_op(
-        f"{name}_backward", backward, mutates_args=(), device_types=device_types
+        f"{name}_backward",
+        backward,
+        mutates_args=(),
+        device_types=device_types,
+        schema=_BACKWARD_SCHEMA,
     )
     operator.register_fake(_forward_fake)
     gradient.register_fake(_backward_fake)
@@ -51,6 +96,16 @@ def as_operator(
 
     operator.register_autograd(run_backward, setup_context=_keep)
     return operator, gradient
+
+
+def without_lse(operator: Any) -> Callable[..., Tensor]:
+    """Return a function like `reference.attention` that an operator of `as_operator` computes."""
+
+    def attention(*arguments: Any) -> Tensor:
+        y: Tensor = operator(*arguments)[0]
+        return y
+
+    return attention
 
 
 def empty_heads(like: Tensor, width: int) -> Tensor:

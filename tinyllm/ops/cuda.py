@@ -5,6 +5,7 @@ meet the card's driver. Tests put the emulator in its place, so the operators ru
 too. Dimensions as in `reference`.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,10 +16,11 @@ from tinyllm.ops import (
     cuda_attention,
     cuda_cross_entropy,
     cuda_driver,
+    cuda_hopper,
     cuda_int8,
 )
 from tinyllm.ops.adamw8bit import Moments, Rates
-from tinyllm.ops.attention_op import as_operator
+from tinyllm.ops.attention_op import as_operator, without_lse
 from tinyllm.ops.cuda_rows import FORMATS, VECTOR_BYTES, format_define
 from tinyllm.ops.flash import AttentionSizes
 from tinyllm.ops.launch import Launch
@@ -26,6 +28,8 @@ from tinyllm.ops.launch import Launch
 
 def run(launch: Launch) -> None:
     """Execute a launch by whatever `cuda_driver.run` is at the time of the call."""
+    if cuda_hopper.is_wanted() and cuda_hopper.refuses(launch) is None:
+        launch = cuda_hopper.of(launch)
     cuda_driver.run(launch)
 
 
@@ -41,44 +45,14 @@ def refuses_attention(sizes: AttentionSizes) -> str | None:
     return None
 
 
-def attention(
-    q_BHTK: Tensor,
-    k_BGTK: Tensor,
-    v_BGTE: Tensor,
-    document_ids: Tensor | None,
-    window: int,
-    scale: float,
-) -> Tensor:
-    """Do what `reference.attention` does; sums in fp32."""
-    y: Tensor = cuda_flash_attention(q_BHTK, k_BGTK, v_BGTE, document_ids, window, scale)[0]
-    return y
-
-
-def _attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return attention and log-sum-exp as `as_operator` tells."""
-    return cuda_attention.forward(run, q, k, v, document_ids, window, scale)
-
-
-def _attention_backward(
-    d_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    document_ids: Tensor | None,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values, the same bits in every run."""
-    return cuda_attention.backward(run, d_o, q, k, v, o, lse, document_ids, window, scale)
-
-
 cuda_flash_attention, cuda_flash_attention_backward = as_operator(
-    "tinyllm::cuda_flash_attention", _attention_forward, _attention_backward, None
+    "tinyllm::cuda_flash_attention",
+    functools.partial(cuda_attention.forward, run),
+    functools.partial(cuda_attention.backward, run),
+    None,
 )
+attention = without_lse(cuda_flash_attention)
+"""Does what `reference.attention` does; sums in fp32."""
 
 
 def refuses_quantize(x: Tensor) -> str | None:

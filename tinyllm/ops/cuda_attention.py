@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyllm.ops.attention_op import empty_heads
+from tinyllm.ops.attention_op import Heads, check_fit, empty_heads, heads_of
 from tinyllm.ops.launch import Launch
 
 FORMATS = {torch.bfloat16: "bf16", torch.float16: "half"}
 MIN_WIDTH, MAX_WIDTH = 16, 128
 """Widths are multiples of 16 between these."""
-WARPS, LANES, RANGE, PADDING = 4, 32, 32, 128
-"""Warps of a block, threads of a warp; positions of an entry of `Documents.ranges`; T's padding."""
+WARPS, LANES, RANGE, PADDING = 4, 32, 32, 384
+"""Warps of a block, threads of a warp; positions of an entry of `Documents.ranges`; T's padding,
+whole blocks of rows and of columns in every kernel."""
 NARROW = 64
 """Up to this width tiles are larger: the registers hold them (docs/cuda-attention.md)."""
 TILES = {
@@ -32,22 +33,11 @@ ROOMY = ((8, 0), (9, 0))
 Run = Callable[[Launch], object]
 
 
-class _Heads(ctypes.Structure):
-    """`tinyllm::Heads` of kernels/cuda/attention.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-    )
-
-
 class _Attention(ctypes.Structure):
     """`tinyllm::Attention` of kernels/cuda/attention.h."""
 
     _fields_ = (
-        *((name, _Heads) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")),
+        *((name, Heads) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")),
         *((name, ctypes.c_void_p) for name in ("lse", "delta", "documents", "ranges")),
         ("padded", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("n_tokens", "n_heads", "n_kv_heads", "window")),
@@ -60,7 +50,7 @@ class Documents:
     """Which document each position belongs to, as the kernels read it."""
 
     ids: Tensor
-    """(B, padded) int32, T rounded up to a multiple of 128; the last one repeated."""
+    """(B, padded) int32, T rounded up to a multiple of PADDING; the last one repeated."""
     ranges: Tensor
     """(B, padded / 32, 2) int32: least and largest id of 32 positions; whole blocks are skipped."""
 
@@ -115,8 +105,8 @@ def backward(
     )
     documents = _documents(document_ids, q)
     problem = _problem(q, k, v, o, lse, documents, window, scale)
-    problem.d_o, problem.delta = _heads(d_o), delta.data_ptr()
-    problem.d_q, problem.d_k, problem.d_v = (_heads(x) for x in (d_q, d_k, d_v))
+    problem.d_o, problem.delta = heads_of(d_o), delta.data_ptr()
+    problem.d_q, problem.d_k, problem.d_v = (heads_of(x) for x in (d_q, d_k, d_v))
     run(_launch("attention_backward_queries", q, v, problem, q))  # also writes delta
     run(_launch("attention_backward_keys", q, v, problem, k))
     return d_q, d_k, d_v
@@ -200,11 +190,6 @@ def _aligned(x: Tensor) -> Tensor:
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
-def _heads(x: Tensor) -> _Heads:
-    """Return where a tensor lies."""
-    return _Heads(x.data_ptr(), *x.stride()[:3])
-
-
 def _problem(
     q: Tensor,
     k: Tensor,
@@ -220,20 +205,14 @@ def _problem(
     Raises:
         ValueError: the shapes or formats do not fit together.
     """
-    b, h, t, width = q.shape
-    g, value_width = k.shape[1], v.shape[-1]
-    if k.shape != (b, g, t, width) or v.shape != (b, g, t, value_width) or h % g:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"queries, keys and values do not fit together: {shapes}")
-    if not q.dtype == k.dtype == v.dtype == o.dtype:
-        raise ValueError(f"one number format is needed, got {q.dtype}, {k.dtype}, {v.dtype}")
+    check_fit(q, k, v)
     return _Attention(
-        *(_heads(x) for x in (q, k, v, o)),
-        *(_Heads() for _ in range(4)),
+        *(heads_of(x) for x in (q, k, v, o)),
+        *(Heads() for _ in range(4)),
         lse.data_ptr(),
         None,
         None if documents is None else documents.ids.data_ptr(),
         None if documents is None else documents.ranges.data_ptr(),
         0 if documents is None else documents.ids.shape[1],
-        *(t, h, g, window, scale),
+        *(q.shape[2], q.shape[1], k.shape[1], window, scale),
     )

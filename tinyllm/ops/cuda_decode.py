@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.ops.cuda_rows import FORMATS, Run, address, check_pointers
-from tinyllm.ops.launch import Launch
+from tinyllm.ops.launch import Extent, Launch
 
 SOURCE = "decode_attention.cu"
 WIDTHS = (32, 64, 128)
@@ -89,39 +89,42 @@ def attention(
     y = torch.empty_like(q_BHK)
     sums = q_BHK.new_empty((batch, heads, splits, width), dtype=torch.float32)
     stats = q_BHK.new_empty((batch, heads, splits, 2), dtype=torch.float32)
+    split = _Attention(
+        *(q_BHK.data_ptr(), k_BGSK.data_ptr(), v_BGSK.data_ptr()),
+        *(address(k_scale), address(v_scale), lengths_B.data_ptr()),
+        *(sums.data_ptr(), stats.data_ptr(), capacity, heads, kv_heads, chunk, window),
+        scale / math.log(2),
+    )
+    join = _Combine(
+        *(sums.data_ptr(), stats.data_ptr(), lengths_B.data_ptr(), y.data_ptr()),
+        *(splits, chunk, window),
+    )
+    shared = 4 * HEADS * (width + CHUNKS[0] + THREADS // 32 * width)
     cache = "i8" if scales else FORMATS[k_BGSK.dtype]
     defines = (f"FORMAT={FORMATS[q_BHK.dtype]}", f"CACHE={cache}", f"WIDTH={width}")
-    run(
-        Launch(
-            source=SOURCE,
-            entry="decode_attention",
-            grid=(splits, kv_heads * tiles, batch),
-            block=(THREADS, 1, 1),
-            shared_bytes=4 * HEADS * (width + CHUNKS[0] + THREADS // 32 * width),
-            arguments=_Attention(
-                *(q_BHK.data_ptr(), k_BGSK.data_ptr(), v_BGSK.data_ptr()),
-                *(address(k_scale), address(v_scale), lengths_B.data_ptr()),
-                *(sums.data_ptr(), stats.data_ptr(), capacity, heads, kv_heads, chunk, window),
-                scale / math.log(2),
-            ),
-            defines=defines,
-        )
-    )
-    run(
-        Launch(
-            source=SOURCE,
-            entry="decode_attention_combine",
-            grid=(heads, batch, 1),
-            block=(THREADS, 1, 1),
-            shared_bytes=0,
-            arguments=_Combine(
-                *(sums.data_ptr(), stats.data_ptr(), lengths_B.data_ptr(), y.data_ptr()),
-                *(splits, chunk, window),
-            ),
-            defines=defines,
-        )
-    )
+    grid = splits, kv_heads * tiles, batch
+    run(_launch("decode_attention", grid, shared, split, defines))
+    run(_launch("decode_attention_combine", (heads, batch, 1), 0, join, defines))
     return y
+
+
+def _launch(
+    entry: str,
+    grid: Extent,
+    shared_bytes: int,
+    arguments: ctypes.Structure,
+    defines: tuple[str, ...],
+) -> Launch:
+    """Return the launch of one of the two kernels."""
+    return Launch(
+        source=SOURCE,
+        entry=entry,
+        grid=grid,
+        block=(THREADS, 1, 1),
+        shared_bytes=shared_bytes,
+        arguments=arguments,
+        defines=defines,
+    )
 
 
 def _chunk(blocks_per_split: int, capacity: int) -> int:

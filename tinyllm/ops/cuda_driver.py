@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tinyllm.ops import cuda_build
+from tinyllm.ops import cuda_build, tensor_map
 from tinyllm.ops.build import BuildError
 from tinyllm.ops.launch import Launch
 
@@ -84,6 +84,7 @@ def run(launch: Launch) -> None:
     """
     index = torch.cuda.current_device()
     function = _function(launch.source, launch.defines, launch.entry, launch.shared_bytes, index)
+    tensor_map.encode(_ask, launch)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(launch.arguments))
     stream = torch.cuda.current_stream(index).cuda_stream
     _ask(

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from tinyllm.ops import cpu
-from tinyllm.ops.attention_op import as_operator, empty_heads
+from tinyllm.ops.attention_op import (
+    Heads,
+    as_operator,
+    check_fit,
+    empty_heads,
+    heads_of,
+    without_lse,
+)
 
 FORMATS = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 128
@@ -32,22 +39,11 @@ class AttentionSizes:
     """E."""
 
 
-class _Heads(ctypes.Structure):
-    """`tinyllm::Heads` of kernels/cpu/flash.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-    )
-
-
 class _Attention(ctypes.Structure):
     """`tinyllm::Attention` of kernels/cpu/flash.h."""
 
     _fields_ = (
-        *((name, _Heads) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")),
+        *((name, Heads) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")),
         ("lse", ctypes.c_void_p),
         ("documents", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("n_batch", "n_tokens", "n_heads", "n_kv_heads")),
@@ -70,21 +66,6 @@ def refuses(sizes: AttentionSizes) -> str | None:
     return "it needs AVX2" if cpu.best_isa() == 0 else None
 
 
-def attention(
-    q_BHTK: Tensor,
-    k_BGTK: Tensor,
-    v_BGTE: Tensor,
-    document_ids: Tensor | None,
-    window: int,
-    scale: float,
-) -> Tensor:
-    """Do what `reference.attention` does."""
-    if document_ids is not None:
-        document_ids = document_ids.to(torch.int32).contiguous()
-    y: Tensor = flash_attention(q_BHTK, k_BGTK, v_BGTE, document_ids, window, scale)[0]
-    return y
-
-
 def _forward(
     q_BHTK: Tensor,
     k_BGTK: Tensor,
@@ -93,8 +74,9 @@ def _forward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return attention and log-sum-exp as `as_operator` tells; document_ids contiguous int32."""
+    """Return attention and log-sum-exp as `as_operator` tells."""
     q, k, v = (_rows(x) for x in (q_BHTK, k_BGTK, v_BGTE))
+    document_ids = _ids(document_ids)
     o = empty_heads(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     problem = _problem(q, k, v, o, lse, document_ids, window, scale)
@@ -116,10 +98,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values from that of the output."""
     d_o, q, k, v, o = (_rows(x) for x in (d_o, q_BHTK, k_BGTK, v_BGTE, o_BHTE))
+    document_ids = _ids(document_ids)
     gradients = [empty_heads(x, x.shape[-1]) for x in (q, k, v)]
     problem = _problem(q, k, v, o, lse_BHT.contiguous(), document_ids, window, scale)
-    problem.d_o = _heads(d_o)
-    problem.d_q, problem.d_k, problem.d_v = (_heads(x) for x in gradients)
+    problem.d_o = heads_of(d_o)
+    problem.d_q, problem.d_k, problem.d_v = (heads_of(x) for x in gradients)
     library, _ = cpu.load()
     cpu.check(library.tinyllm_flash_backward(ctypes.addressof(problem), cpu.n_threads()))
     d_q, d_k, d_v = gradients
@@ -129,6 +112,8 @@ def _backward(
 flash_attention, flash_attention_backward = as_operator(
     "tinyllm::flash_attention", _forward, _backward, "cpu"
 )
+attention = without_lse(flash_attention)
+"""Does what `reference.attention` does."""
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -136,9 +121,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _heads(x: Tensor) -> _Heads:
-    """Return where a tensor lies."""
-    return _Heads(x.data_ptr(), *x.stride()[:3])
+def _ids(document_ids: Tensor | None) -> Tensor | None:
+    """Return the ids as the kernel reads them."""
+    return None if document_ids is None else document_ids.to(torch.int32).contiguous()
 
 
 def _problem(
@@ -154,26 +139,17 @@ def _problem(
     """Return the description of a problem; it holds bare addresses, the caller keeps the tensors.
 
     Raises:
-        ValueError: the shapes or formats do not fit together.
+        ValueError: the tensors do not fit together.
     """
+    check_fit(q, k, v)
     b, h, t, width = q.shape
-    g, value_width = k.shape[1], v.shape[-1]
-    if k.shape != (b, g, t, width) or v.shape != (b, g, t, value_width) or h % g:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"queries, keys and values do not fit together: {shapes}")
-    if not q.dtype == k.dtype == v.dtype == o.dtype:
-        raise ValueError(f"one number format is needed, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if document_ids is not None and (
-        document_ids.shape != (b, t)
-        or document_ids.dtype != torch.int32
-        or not document_ids.is_contiguous()
-    ):
-        raise ValueError("document_ids must be int32, (B, T), contiguous")
+    if document_ids is not None and document_ids.shape != (b, t):
+        raise ValueError(f"document_ids must be {(b, t)}, not {tuple(document_ids.shape)}")
     return _Attention(
-        *(_heads(x) for x in (q, k, v, o)),
-        *(_Heads() for _ in range(4)),
+        *(heads_of(x) for x in (q, k, v, o)),
+        *(Heads() for _ in range(4)),
         lse.data_ptr(),
         None if document_ids is None else document_ids.data_ptr(),
-        *(b, t, h, g, width, value_width, window),
+        *(b, t, h, k.shape[1], width, v.shape[-1], window),
         *(scale, int(q.dtype == torch.bfloat16), cpu.best_isa()),
     )

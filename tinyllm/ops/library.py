@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyllm.ops.reference import quantize_per_row, visible
+from tinyllm.ops.reference import cache_mask, quantize_per_row, visible
 
 CUDA_MIN_ROWS = 17
 """On CUDA `_int_mm` wants more than 16 rows, and K and N divisible by 8."""
@@ -61,3 +61,18 @@ def attention(
         enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1],
     )
     return y
+
+
+def decode_attention(
+    q_BHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, lengths_B: Tensor, window: int, scale: float
+) -> Tensor:
+    """Do what `reference.decode_attention` does, by torch's fused attention behind a mask."""
+    y: Tensor = F.scaled_dot_product_attention(
+        q_BHK.unsqueeze(2),
+        k_BGSK,
+        v_BGSK,
+        attn_mask=cache_mask(lengths_B, k_BGSK.shape[2], window)[:, None, None],
+        scale=scale,
+        enable_gqa=q_BHK.shape[1] != k_BGSK.shape[1],
+    )
+    return y.squeeze(2)

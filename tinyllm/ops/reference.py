@@ -179,14 +179,23 @@ def decode_attention(
         window: the last so many of them only; 0: all.
         scale: of the scores.
     """
-    behind = lengths_B[:, None] - torch.arange(k_BGSK.shape[2], device=q_BHK.device)
-    seen = behind > 0
-    if window:
-        seen = seen & (behind <= window)
+    seen = cache_mask(lengths_B, k_BGSK.shape[2], window)
     shared = q_BHK.shape[1] // k_BGSK.shape[1]
     k, v = (x.repeat_interleave(shared, dim=1) for x in (k_BGSK, v_BGSK))
     scores = (q_BHK.unsqueeze(2) @ k.mT) * scale
     return (scores.masked_fill(~seen[:, None, None], -math.inf).softmax(-1) @ v).squeeze(2)
+
+
+def cache_mask(lengths_B: Tensor, n_positions: int, window: int) -> Tensor:
+    """Return which positions of a cache's whole memory count, (B, S) booleans.
+
+    Args:
+        lengths_B: as in `decode_attention`.
+        n_positions: S.
+        window: as in `decode_attention`.
+    """
+    behind = lengths_B[:, None] - torch.arange(n_positions, device=lengths_B.device)
+    return (behind > 0) & (behind <= window) if window else behind > 0
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

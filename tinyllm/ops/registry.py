@@ -119,14 +119,19 @@ OPERATIONS: Mapping[str, Sequence[Implementation]] = {
             ("rms_norm", cuda_norm_op.rms_norm, cuda_norm_op.refuses, reference.rms_norm),
             ("rope", cuda_block_op.rope, cuda_block_op.refuses_rope, reference.rope),
             ("swiglu", cuda_block_op.swiglu, cuda_block_op.refuses_swiglu, reference.swiglu),
-            (
-                "decode_attention",
-                cuda_block_op.decode_attention,
-                cuda_block_op.refuses_decode,
-                reference.decode_attention,
-            ),
         )
     },
+    "decode_attention": (
+        Implementation(
+            backend="cuda",
+            function=cuda_block_op.decode_attention,
+            refuses=cuda_block_op.refuses_decode,
+        ),
+        Implementation(backend="torch", function=library.decode_attention, refuses=_takes_all),
+        Implementation(
+            backend="reference", function=reference.decode_attention, refuses=_takes_all
+        ),
+    ),
     "attention": (
         Implementation(backend="cuda", function=cuda.attention, refuses=cuda.refuses_attention),
         Implementation(backend="cpu", function=flash.attention, refuses=flash.refuses),
@@ -205,11 +210,15 @@ def describe() -> list[Row]:
             why = f"TINYLLM_KERNELS={forced}"
             why += "" if backend == forced else f", which has no {operation}"
             why += f"; {obstacles[backend]}" if obstacles.get(backend) else ""
-        elif native_obstacle is not None:
-            backend = next(name for name in names if name not in obstacles)
-            why = f"no native kernels: {native_obstacle}"
         else:
-            backend, why = "cpu", native_fact
+            off = ("cuda",) if native_obstacle is None else ("cuda", "cpu")
+            backend = next(name for name in names if name not in off)
+            if backend == "cpu":
+                why = native_fact
+            elif "cpu" in names:
+                why = f"no native kernels: {native_obstacle}"
+            else:
+                why = "no C++ of ours"
         rows.append(Row(operation=operation, backend=backend, why=why))
     if card_obstacle is not None:
         return [*rows, Row(operation="on a GPU", backend="none", why=card_obstacle)]
