@@ -15,6 +15,7 @@ QUICK = (
     "adamw8bit",
     "attention",
     "attention_kinds",
+    "cache_formats",
     "decode",
     "interop",
     "memory",
