@@ -19,7 +19,7 @@ from tinyllm.model.transformer import Transformer
 
 OPTIONS = {
     "PERFORMANCE_HINT": "LATENCY",
-    "ENABLE_CPU_PINNING": False,  # pinned threads wait for their core: a token 1.2 to 4 times slower
+    "ENABLE_CPU_PINNING": False,  # pinned threads wait for their core: 1.2 to 7 times slower
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128",  # 32 by default; a prompt takes 0.7 of its time
 }
 """Measured at d 256 (pinning, a busy machine: best and twentieth percentile of 1,080 tokens), d 768
