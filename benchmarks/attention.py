@@ -79,6 +79,7 @@ def measure(t: int, k: int, seconds: float) -> dict[str, float]:
         forward = in_turns({**runs, "product": lambda: square @ square}, seconds)
 
     def and_back(run: Callable[[], Tensor]) -> Callable[[], object]:
+        """Return the forward pass with the backward pass behind it."""
         return lambda: torch.autograd.grad(run(), inputs, d_o)
 
     both = in_turns({name: and_back(run) for name, run in runs.items()}, seconds)

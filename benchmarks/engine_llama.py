@@ -59,7 +59,7 @@ class IkLlama:
 
         self._api: Any = api
         self._library: Any = api._lib
-        # PyPI's wheel is the AVX2 build: on a machine with more it reads prompts at half the speed
+        # PyPI's wheel is compiled for AVX2; the engine can do more, so the name says it
         self.note = "" if self._library.ggml_cpu_has_avx512() else ", AVX2"
         self._keep_quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
             lambda *_: None

@@ -38,6 +38,7 @@ def run_stage(function: Callable[[], None], *, on_ranks: bool = False) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     def command() -> None:
+        """Run the stage here, or start the ranks that do."""
         if on_ranks and (n_ranks := ranks_wanted()):
             start_ranks(f"stages.{function.__name__}", n_ranks)
         function()

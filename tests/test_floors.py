@@ -12,7 +12,7 @@ FLOORS = [
     {"training", "inference", "quantization"},
     {"finetune", "evaluation", "export"},
     {"serving"},
-    {"cli", "terminal", "planning", "doctor", "parity", "preset"},
+    {"cli", "terminal", "planning", "doctor", "parity", "preset", "workshop"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 ENTRY_FLOOR = len(FLOORS) - 1

@@ -25,11 +25,13 @@ def questions() -> Iterator[str]:
         return
     with suppress(ImportError):
         import readline  # noqa: F401 - gives `input` line editing and history
+    # Below a script's background job SIGINT is ignored, and Ctrl-C would do nothing here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try:
             yield input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # we leave already: torch takes a second
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # we leave already: it takes a moment
             typer.echo()
             return
 

@@ -130,38 +130,4 @@ __device__ __forceinline__ void hide(float (&s)[kTiles][kColumns / 8][4], int ro
       }
 }
 
-// ---- the keys and values that pass by a block of kRows queries, kColumns after kColumns ----
-
-struct KeyBlocks {
-  const Attention& p;
-  const Number *k, *v;
-  Number* tiles;   // two halves of shared memory: one is read while the other one fills
-  int first, end;  // the first query; one past the last key that any of them sees
-
-  __device__ __forceinline__ KeyBlocks(const Attention& p, int group, int first, Number* tiles)
-      : p(p),
-        k(head_of(p.k, blockIdx.z, group)),
-        v(head_of(p.v, blockIdx.z, group)),
-        tiles(tiles),
-        first(first),
-        end(min(first + kRows, p.n_tokens)) {}
-
-  // The first block from `key` on that some query may see; not below `end`: there is none.
-  __device__ __forceinline__ int next(int key) const {
-    while (key < end && Visible{p}.apart(first, kRows, key, kColumns)) key += kColumns;
-    return key;
-  }
-  __device__ __forceinline__ int begin() const {
-    return next(p.window ? max(first - p.window + 1, 0) / kColumns * kColumns : 0);
-  }
-  // The keys of a half; its values follow.
-  __device__ __forceinline__ Number* tile(int half) const {
-    return tiles + half * kColumns * (kWidth + kValueWidth);
-  }
-  __device__ __forceinline__ void fetch(int key, int half) const {
-    stage<kWidth, kColumns>(tile(half), k, p.k.token, key, p.n_tokens);
-    stage<kValueWidth, kColumns>(tile(half) + kColumns * kWidth, v, p.v.token, key, p.n_tokens);
-  }
-};
-
 }  // namespace tinyllm

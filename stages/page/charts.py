@@ -39,6 +39,7 @@ def line_chart(
     y_ticks = [y for y in nice_ticks(low, high, 3 if is_low else 5) if low <= y <= high]
 
     def place(row: Row, name: str) -> tuple[float, float]:
+        """Return a point of the picture, counted from its upper left corner."""
         x = BOX * row["step"] / max(last_step, 1)
         return x, BOX * (high - row[name]) / (high - low)
 

@@ -7,20 +7,23 @@ import emulator
 import pytest
 from cuda_launches import FORMATS, launches
 
-MUTANTS = [f"t.py::test_a_fault_is_noticed[rows.h: {fault}]" for fault in ("one", "two")]
+MUTANTS = ["t.py::test_a_fault_is_noticed[one]", "t.py::test_a_fault_is_noticed[two]"]
 
 
 def report(nodeid, when, *, passed):
     return SimpleNamespace(nodeid=nodeid, when=when, passed=passed)
 
 
+def item(nodeid):
+    of = SimpleNamespace(params={"mutant": SimpleNamespace(file="rows.h")})
+    return SimpleNamespace(nodeid=nodeid, originalname="test_a_fault_is_noticed", callspec=of)
+
+
 @pytest.fixture
 def watch(monkeypatch):
     monkeypatch.setattr(emulator, "run", lambda *_: 0)
     watch = cuda_emulator.Watch()
-    watch.pytest_collection_finish(
-        SimpleNamespace(items=[SimpleNamespace(nodeid=n) for n in MUTANTS])
-    )
+    watch.pytest_collection_finish(SimpleNamespace(items=[item(nodeid) for nodeid in MUTANTS]))
     return watch
 
 
@@ -44,7 +47,7 @@ def test_launches_of_passing_tests_count_by_shape_and_seed(watch):
 def test_mutants_are_caught_by_tests_that_pass(watch):
     after(watch, MUTANTS[0])
     after(watch, MUTANTS[1], passed=False)
-    assert (watch.caught["rows.h"], watch.committed["rows.h"]) == (1, 2)
+    assert (watch.caught["rows.h"], list(watch.mutants.values())) == (1, ["rows.h", "rows.h"])
 
 
 def test_sizes_count_and_addresses_do_not(watch):

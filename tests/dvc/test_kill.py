@@ -41,7 +41,7 @@ def start(project, *command):
     )
 
 
-def wait_for_training(project, dvc, stage, timeout_s=120) -> psutil.Process:
+def wait_for_training(project, dvc, stage, timeout_s=300) -> psutil.Process:
     """Return the trainer's process as soon as it has taken the lock of its run."""
     deadline = time.monotonic() + timeout_s
     while not list(project.root.glob(f".inflight/{stage}/*/identity.json")):
@@ -81,7 +81,7 @@ def test_killing_only_dvc_leaves_no_trainer_behind(fresh):
     time.sleep(2)
     os.kill(dvc.pid, signal.SIGKILL)
     dvc.wait()
-    process.wait(timeout=15)
+    process.wait(timeout=120)
 
 
 def test_a_second_trainer_on_the_same_state_is_refused(fresh):

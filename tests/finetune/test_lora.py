@@ -6,7 +6,7 @@ from chat_case import lora_params
 from peft import PeftModel
 from tiny_lm import tiny_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers_twin import transformers_model
 
 from tinyllm.artifact import build_artifact
 from tinyllm.errors import ArtifactError, ParamsError
@@ -33,30 +33,6 @@ def adapted(seed=0, params=None, **changes):
 
 def some_ids(vocab_size=97):
     return torch.randint(0, vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
-
-
-def transformers_model(ours):
-    c = ours.config
-    shared = {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.d,
-        "intermediate_size": c.d_ff,
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads,
-        "head_dim": c.d_head,
-        "rms_norm_eps": c.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
-        "max_position_embeddings": c.max_seq_len,
-        "tie_word_embeddings": c.tie_embeddings,
-    }
-    if c.qk_norm:
-        theirs = Qwen3ForCausalLM(Qwen3Config(**shared))
-    else:
-        theirs = LlamaForCausalLM(LlamaConfig(**shared))
-    weights = {f"model.{n}": w for n, w in ours.state_dict().items() if n != "lm_head.weight"}
-    theirs.load_state_dict({**weights, "lm_head.weight": ours.lm_head.weight})
-    return theirs.eval()
 
 
 def write_adapter(model, folder):

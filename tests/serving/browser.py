@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from conftest import PATIENCE_S
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -30,7 +31,7 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         port_file = Path(self._folder.name) / "DevToolsActivePort"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while not (port_file.exists() and len(port_file.read_text().split()) == 2):
             assert time.monotonic() < deadline, "chromium did not start"
             await asyncio.sleep(0.1)
@@ -80,7 +81,7 @@ class Browser:
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
-    async def until(self, script: str, seconds: float = 30) -> None:
+    async def until(self, script: str, seconds: float = PATIENCE_S) -> None:
         """Wait until an expression is true."""
         deadline = time.monotonic() + seconds
         while True:

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from tiny_dirs import write_model_dir
 
+PATIENCE_S = 60
+"""How long a test waits for what must come; a busy machine is ten times slower than an idle one."""
+
 
 @dataclass
 class Server:
@@ -50,7 +53,7 @@ def running_server(model_dir: Path, cache: Path, *options: str, **environment) -
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +64,8 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(model_dir, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    with running_server(model_dir, cache, "--system", "Be brief.", "--slots", "4") as running:
+    options = "--slots 4 --grace-seconds 60"
+    with running_server(model_dir, cache, *options.split(), "--system", "Be brief.") as running:
         yield running
         assert not [line for line in running.log if "Traceback" in line]
 
@@ -69,7 +73,7 @@ def server(model_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def strict(model_dir, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    options = "--slots 1 --queue 1 --max-seconds 3 --max-body-bytes 5000 --grace-seconds 1"
+    options = "--slots 1 --queue 1 --max-seconds 120 --max-body-bytes 5000 --grace-seconds 1"
     with running_server(model_dir, cache, *options.split(), TINYLLM_API_KEY="sesame") as running:
         yield running
 
@@ -83,7 +87,7 @@ def open_stream(server, max_tokens: int = 2000) -> socket.socket:
         "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sesame\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
     connection.sendall(head.encode() + body)
     received = b""
     while received.count(b"data: ") < 3:

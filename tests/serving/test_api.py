@@ -12,7 +12,7 @@ import urllib.request
 import openai
 import pytest
 import torch
-from conftest import open_stream
+from conftest import PATIENCE_S, open_stream
 
 from tinyllm.inference.conversation import stop_ids
 from tinyllm.inference.generate import generate
@@ -52,8 +52,8 @@ def metric(server, name: str) -> float:
     return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 
 
-def wait_until(condition, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -161,7 +161,7 @@ def test_mistakes_come_back_in_openais_form(client):
 def test_curl_streams_and_is_refused(server):
     def curl(*arguments: str) -> str:
         command = ["curl", "-sN", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout
 
     url, declared = f"{server.address}/v1/chat/completions", "Content-Type: application/json"
     body = json.dumps({"model": "tiny", "messages": MESSAGES, "stream": True, "max_tokens": 3})
@@ -185,7 +185,7 @@ def test_a_client_that_leaves_frees_its_slot(server):
     assert metric(server, "tinyllm_running") == 3
     for connection in connections:
         connection.close()
-    wait_until(lambda: metric(server, "tinyllm_running") == 0, 2)
+    wait_until(lambda: metric(server, "tinyllm_running") == 0)
     assert metric(server, "tinyllm_cancelled_total") == before + 3
 
 
@@ -196,11 +196,11 @@ def test_a_client_that_leaves_before_a_whole_answer_frees_its_slot(server):
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     wait_until(lambda: metric(server, "tinyllm_running") == 1)
     connection.close()
-    wait_until(lambda: metric(server, "tinyllm_running") == 0, 2)
+    wait_until(lambda: metric(server, "tinyllm_running") == 0)
     assert metric(server, "tinyllm_cancelled_total") == before + 1
 
 
-def test_a_full_queue_a_missing_key_and_too_long_a_time(strict):
+def test_a_full_queue_a_missing_key_and_too_large_a_body(strict):
     url = f"{strict.address}/v1"
     with (
         openai.OpenAI(base_url=url, api_key="sesame", max_retries=0) as client,
@@ -219,16 +219,10 @@ def test_a_full_queue_a_missing_key_and_too_long_a_time(strict):
         assert full.value.response.headers["retry-after"] == "1"
         assert full.value.code == "queue_full"
         busy.close()
-        waiting.join(10)
+        waiting.join(PATIENCE_S)
         with pytest.raises(openai.APIStatusError, match="larger than 5000 bytes") as large:
             client.completions.create(model="tiny", prompt="x" * 6000)
         assert large.value.status_code == 413
-        started_s = time.monotonic()
-        long = client.completions.create(
-            model="tiny", prompt="c", max_tokens=1024, n=1, temperature=0
-        )
-        assert long.choices[0].finish_reason == "length"
-        assert time.monotonic() - started_s < 3 + 2  # --max-seconds 3, and a slow machine
 
 
 def test_a_taken_port_is_told_in_one_line(server):

@@ -1,15 +1,22 @@
 """The engine's thread without HTTP."""
 
 import asyncio
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import PATIENCE_S
+from starlette.testclient import TestClient
 from tiny_dirs import write_model_dir
 
 from tinyllm.inference.batching import Engine, Request
 from tinyllm.inference.sampling import SamplingParams
 from tinyllm.inference.session import open_session
 from tinyllm.quantization.load import load_any_model
+from tinyllm.serving import worker as worker_module
+from tinyllm.serving.app import build_app
+from tinyllm.serving.calls import Limits
 from tinyllm.serving.metrics import Metrics
 from tinyllm.serving.worker import Worker
 
@@ -32,7 +39,7 @@ def wanted(n: int) -> list[Request]:
 
 async def last_reason(answer) -> str:
     while True:
-        piece = await asyncio.wait_for(answer.pieces.get(), 10)
+        piece = await asyncio.wait_for(answer.pieces.get(), PATIENCE_S)
         if piece.reason is not None:
             return piece.reason
 
@@ -65,6 +72,27 @@ def test_an_answer_ends_when_its_time_is_over_also_in_the_queue(engine_and_worke
 
     asyncio.run(scenario())
     assert engine.is_idle
+
+
+def test_a_call_whose_time_is_over_gets_what_there_is(tmp_path, monkeypatch):
+    session = open_session(write_model_dir(tmp_path / "m"), load_any_model, torch.device("cpu"))
+    engine = Engine(session.model, (), n_slots=1, chunk_tokens=8, max_waiting=4)
+    limits = Limits(max_body_bytes=5000, max_tokens=40, max_seconds=20)
+    app = build_app(
+        *(session, engine, limits),
+        name="tiny",
+        system=None,
+        api_key=None,
+        is_local=False,
+        on_ready=lambda: None,
+    )
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)  # a second per look
+    monkeypatch.setattr(worker_module, "time", clock)
+    with TestClient(app) as client:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 40, "temperature": 0}
+        done = client.post("/v1/completions", json=body).json()
+    assert done["choices"][0]["finish_reason"] == "length"
+    assert 0 < done["usage"]["completion_tokens"] < 20
 
 
 def test_choices_are_taken_all_or_none(engine_and_worker):

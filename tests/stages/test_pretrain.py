@@ -18,7 +18,7 @@ from tinyllm.params import load_params, read_yaml
 from tinyllm.shards.reader import TokenShards
 from tinyllm.tokenizer.chat import CHAT_TEMPLATE
 from tinyllm.tokenizer.tokenizer import Tokenizer
-from tinyllm.training import loop
+from tinyllm.training.step import Stepper
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
@@ -69,13 +69,13 @@ def pipeline(tmp_path, monkeypatch):
 def asked(monkeypatch):
     """Which batches a run asks for."""
     indices = []
-    real = loop.Stepper.run
+    real = Stepper.run
 
     def run(self, step, *rest):
         indices.append(step)
         return real(self, step, *rest)
 
-    monkeypatch.setattr(loop.Stepper, "run", run)
+    monkeypatch.setattr(Stepper, "run", run)
     return indices
 
 
@@ -196,13 +196,13 @@ def test_the_probe_is_spread_over_a_large_split_and_all_of_a_small_one(pipeline)
 
 def test_another_kind_of_model_trains_on_documents_apart(pipeline, monkeypatch):
     seen = []
-    real = loop.Stepper.run
+    real = Stepper.run
 
     def run(self, step, batches, *others):
         seen.extend(batch.document_ids for batch in batches)
         return real(self, step, batches, *others)
 
-    monkeypatch.setattr(loop.Stepper, "run", run)
+    monkeypatch.setattr(Stepper, "run", run)
     model = {"attention": "mla", "window": 8, "dropout": 0.1, "ffn": "relu2"}
     write_params(model=model, pretrain={"steps": 6, "mask_documents": True})
     pretrain()

@@ -30,8 +30,8 @@ from tinyllm.shards.reader import TokenShards
 from tinyllm.tokenizer.chat import ChatTemplate, Message
 from tinyllm.tokenizer.special import END_OF_TURN, PAD
 from tinyllm.tokenizer.tokenizer import Tokenizer
-from tinyllm.training.loop import TrainResult
 from tinyllm.training.precision import autocast
+from tinyllm.training.run import TrainResult
 
 N_SAMPLES = 6
 """Held-out questions that are answered before and after training."""

@@ -44,6 +44,8 @@ def measure_outputs(
     hooks = []
 
     def compare(kind: str, twin: nn.Module) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        """Return a hook that adds a layer's energy and its twin's error to those of its kind."""
+
         def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             error = twin(inputs[0]).double() - output.double()
             sums[kind][0] += output.double().square().sum().item()

@@ -75,43 +75,61 @@ def build_app(
         finally:
             await asyncio.to_thread(worker.stop)
 
+    app = Starlette(
+        routes=_routes(calls, session, worker, books, limits, name, api_key),
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)] if is_local else [],
+        lifespan=lifespan,
+    )
+    app.state.worker = worker
+    return app
+
+
+def _routes(
+    calls: Calls,
+    session: Session,
+    worker: Worker,
+    books: Metrics,
+    limits: Limits,
+    name: str,
+    api_key: str | None,
+) -> list[Route]:
+    """Return what is answered where; all but the page and the health need the key."""
+
     def completions(parse: Parse) -> Endpoint:
         """Return the endpoint of one kind of call."""
 
         async def endpoint(http: HttpRequest) -> Response:
+            """Answer a call."""
             body = await read_body(http, limits)
             return await calls.answer(http, parse(body, limits.max_tokens))
 
         return endpoint
 
     async def models(_: HttpRequest) -> Response:
+        """List the one model."""
         entry = {"id": name, "object": "model", "created": 0, "owned_by": "tinyllm"}
         context = session.model.config.max_seq_len
         return JSONResponse({"object": "list", "data": [{**entry, "context_tokens": context}]})
 
     async def health(_: HttpRequest) -> Response:
+        """Tell whether the engine's thread is alive."""
         return JSONResponse(
             {"status": "ok" if worker.is_alive else "dead"}, 200 if worker.is_alive else 503
         )
 
     async def metrics(_: HttpRequest) -> Response:
+        """Tell the counters and gauges in the format of Prometheus."""
         return PlainTextResponse(books.render(), media_type=prometheus.CONTENT_TYPE)
 
     guard = _guard(api_key, books)
-    app = Starlette(
-        routes=[
-            Route("/", _page(), methods=["GET"]),
-            Route("/health", health, methods=["GET"]),
-            Route("/metrics", guard(metrics), methods=["GET"]),
-            Route("/v1/models", guard(models), methods=["GET"]),
-            Route("/v1/completions", guard(completions(parse_completion)), methods=["POST"]),
-            Route("/v1/chat/completions", guard(completions(parse_chat)), methods=["POST"]),
-        ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)] if is_local else [],
-        lifespan=lifespan,
-    )
-    app.state.worker = worker
-    return app
+    return [
+        Route("/", _page(), methods=["GET"]),
+        Route("/health", health, methods=["GET"]),
+        Route("/metrics", guard(metrics), methods=["GET"]),
+        Route("/v1/models", guard(models), methods=["GET"]),
+        Route("/v1/completions", guard(completions(parse_completion)), methods=["POST"]),
+        Route("/v1/chat/completions", guard(completions(parse_chat)), methods=["POST"]),
+    ]
 
 
 def _guard(api_key: str | None, books: Metrics) -> Callable[[Endpoint], Endpoint]:

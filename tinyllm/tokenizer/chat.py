@@ -14,9 +14,9 @@ from typing import Any, Literal, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tinyllm.errors import ArtifactError, DataError
+from tinyllm.errors import DataError
 from tinyllm.tokenizer.special import END_OF_TURN
-from tinyllm.tokenizer.tokenizer import Tokenizer
+from tinyllm.tokenizer.tokenizer import Tokenizer, read_with
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -83,17 +83,7 @@ class ChatTemplate:
         Raises:
             ArtifactError: it is missing or does not compile.
         """
-        file = folder / CHAT_TEMPLATE_FILE
-        try:
-            return cls(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ArtifactError(
-                f"{file}: no such file; build it with `dvc repro prune_vocab`"
-            ) from None
-        except ValueError as error:  # UnicodeDecodeError is one
-            raise ArtifactError(
-                f"{file}: damaged: {error}; rebuild it or run `dvc checkout`"
-            ) from None
+        return read_with(cls, folder / CHAT_TEMPLATE_FILE)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Return the conversation as text.

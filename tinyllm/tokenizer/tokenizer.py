@@ -6,9 +6,9 @@ otherwise.
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
@@ -17,9 +17,29 @@ from tinyllm.tokenizer.alphabet import N_RESERVED, to_bytes
 from tinyllm.tokenizer.special import END_OF_TEXT, SPECIAL_TOKENS
 from tinyllm.tokenizer.split import chunks
 
+T = TypeVar("T")
 TOKENIZER_FILE = "tokenizer.json"
 _PIECE_CHARACTERS = 50_000
 _BATCH_CHARACTERS = 1_000_000  # 4 MB of UTF-8 at most: 90 MB in one call took 5.8 GB
+
+
+def read_with(parse: Callable[[str], T], file: Path) -> T:
+    """Return what `parse` makes of a file that prune_vocab wrote.
+
+    Raises:
+        ArtifactError: it is missing, is not UTF-8, or `parse` raises a ValueError.
+    """
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(
+            f"{file}: no such file; build it with `dvc repro prune_vocab`"
+        ) from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"{file}: damaged: {reason}; rebuild it or run `dvc checkout`"
+        ) from None
 
 
 class Tokenizer:
@@ -44,17 +64,7 @@ class Tokenizer:
             ArtifactError: it is missing or damaged.
         """
         file = path / TOKENIZER_FILE if path.is_dir() else path
-        try:
-            return cls(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ArtifactError(
-                f"{file}: no such file; build it with `dvc repro prune_vocab`"
-            ) from None
-        except ValueError as error:  # UnicodeDecodeError is one
-            reason = " ".join(str(error).split())
-            raise ArtifactError(
-                f"{file}: damaged: {reason}; rebuild it or run `dvc checkout`"
-            ) from None
+        return read_with(cls, file)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Return the ids of a text.

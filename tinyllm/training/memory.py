@@ -98,6 +98,7 @@ def estimate_memory(
     """
 
     def rehearse(n_layers: int) -> MemoryNeed:
+        """Return what the model would hold with so many layers."""
         model = Transformer(replace(config, n_layers=n_layers))
         return _rehearse(model, params, batch_size, packed=packed)
 

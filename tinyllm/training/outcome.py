@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tinyllm.artifact import write_json
 from tinyllm.report import thin, write_metrics, write_table
-from tinyllm.training.loop import TrainResult
+from tinyllm.training.run import TrainResult
 
 
 def write_outcome(

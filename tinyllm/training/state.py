@@ -71,10 +71,12 @@ class Store:
         rest, parts = take_parts(state)
 
         def prepare() -> None:
+            """Make an empty folder to write into."""
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
 
         def finish() -> None:
+            """Write the rest and give the folder its name: from here on it is a checkpoint."""
             self._write(temporary, rest)
             shutil.rmtree(self._folder(step), ignore_errors=True)  # an invalid one of the same step
             temporary.rename(self._folder(step))
