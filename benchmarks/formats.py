@@ -45,9 +45,9 @@ class Cached:
         return self._model.head(self._model.hidden(ids_BT, cache=cache))
 
 
-def with_dequantized_weights(model: Transformer) -> Transformer:
+def with_dequantized_weights(model: Transformer, sample_BT: Tensor) -> Transformer:
     """Return W8A16: a bf16 model that has the INT8 model's weights."""
-    rounded = quantize_model(model)
+    rounded = quantize_model(model, sample_BT=sample_BT)
     for parent in list(rounded.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Int8Linear | Int8Embedding):
@@ -84,7 +84,7 @@ def main() -> None:
         split = TokenPart(stream=part, n_bytes=round(val.n_bytes * share))
     train = TokenShards.open(options.tokens_from, "train", None)
     sample = read_windows(train.stream, CALIBRATION_TOKENS, SEQ_LEN)
-    int8 = quantize_model(model)
+    int8 = quantize_model(model, sample_BT=sample)
     formats: dict[str, Callable[[], Transformer | Cached]] = {
         "fp32": lambda: model,
         "W8A8": lambda: int8,
@@ -93,7 +93,7 @@ def main() -> None:
         "W8A8, INT8 cache": lambda: Cached(int8, torch.int8),
         "W4A8, to the nearest": lambda: quantize_model(model, weight_bits=4),
         "W4A8": lambda: quantize_model(model, sample_BT=sample, weight_bits=4),
-        "W8A16": lambda: with_dequantized_weights(model),
+        "W8A16": lambda: with_dequantized_weights(model, sample),
         "bf16": lambda: model.bfloat16(),  # last: in place
     }
     rows = {}
