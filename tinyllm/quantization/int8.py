@@ -17,14 +17,8 @@ from tinyllm.quantization.calibration import (
     round_groups_to_inputs,
     round_to_inputs,
 )
-from tinyllm.quantization.layers import (
-    Int4Linear,
-    Int8Embedding,
-    Int8Linear,
-    RotatedInt4Linear,
-    RotatedInt8Linear,
-)
-from tinyllm.quantization.transformer import Int8Transformer
+from tinyllm.quantization.layers import Int8Embedding, QuantizedLinear, QuantizedMatrix
+from tinyllm.quantization.transformer import QuantizedTransformer
 
 KINDS = (
     *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"),
@@ -80,7 +74,7 @@ def quantize_model(
                 weight = layer.weight.detach()
                 done[shared] = _rounded(weight, products.get(path), _kind(path), bits)
             _replace(parent, path, layer, *done[shared])
-    return Int8Transformer(quantized)
+    return QuantizedTransformer(quantized)
 
 
 def _rounded(
@@ -122,7 +116,7 @@ def empty_quantized_model(model: Transformer, weight_bits: int) -> Transformer:
         else:
             fresh = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
         _replace(parent, path, layer, *done.setdefault(layer.weight.data_ptr(), fresh))
-    return Int8Transformer(model.requires_grad_(False))
+    return QuantizedTransformer(model.requires_grad_(False))
 
 
 def _check_inputs(model: nn.Module) -> None:
@@ -157,9 +151,9 @@ def _bits(path: str, weight_bits: int) -> int:
 
 def _replace(parent: nn.Module, path: str, layer: Any, weight_q: Tensor, scale: Tensor) -> None:
     """Put the quantised layer in the place of the other."""
-    is_rotated, is_int4 = _kind(path) == ROTATED, weight_q.dtype is torch.uint8
-    made: type[nn.Module] = Int8Embedding
+    made: QuantizedMatrix
     if isinstance(layer, nn.Linear):
-        kinds = (RotatedInt8Linear, RotatedInt4Linear) if is_rotated else (Int8Linear, Int4Linear)
-        made = kinds[is_int4]
-    parent.add_module(_kind(path), made(weight_q, scale))
+        made = QuantizedLinear(weight_q, scale, is_rotated=_kind(path) == ROTATED)
+    else:
+        made = Int8Embedding(weight_q, scale)
+    parent.add_module(_kind(path), made)
