@@ -12,7 +12,7 @@ from tinyllm.params import load_params
 from tinyllm.quantization.calibration import read_windows
 from tinyllm.quantization.directory import save_quantized_model
 from tinyllm.quantization.gate import QuantizeParams, check_gate
-from tinyllm.quantization.int8 import quantize_model
+from tinyllm.quantization.int8 import KINDS, quantize_model
 from tinyllm.quantization.measure import measure_outputs, model_bytes
 from tinyllm.report import write_metrics
 from tinyllm.shards.reader import TokenShards
@@ -44,7 +44,7 @@ def quantize() -> None:
     with build_artifact(
         paths.INT8, kind=kind, made_from=inputs, config=params, copies=copies
     ) as draft:
-        quantized = quantize_model(model, sample_BT=sample, weight_bits=params.weight_bits)
+        quantized = quantize_model(model, KINDS, sample, params.weight_bits, params.activation_bits)
         before, after = evaluate(model), evaluate(quantized)
         progress.say(f"val_bpb {before:.4f} before, {after:.4f} in {kind.upper()}")
         check_gate(model, before, after, params, evaluate, sample)

@@ -33,7 +33,7 @@ struct Carver {
   }
 };
 
-// Rows of INT8 inputs and their scales.
+// Rows of INT8 inputs and their scales; the terms of a row lie one behind the other.
 struct Inputs {
   int8_t* q;
   float* scale;
@@ -46,14 +46,14 @@ struct Own {
   int8_t* q;
   size_t bytes;
 
-  Own(Carver carve, int64_t widest, int64_t longest, int64_t widened)
-      : tile(carve.take<float>(kRowsPerTile * kPanel)),
+  Own(Carver carve, int64_t widest, int64_t longest, int64_t widened, int64_t terms)
+      : tile(carve.take<float>(terms * kRowsPerTile * kPanel)),
         normed(carve.take<float>(widest)),
         scores(carve.take<float>(longest)),
-        scale(carve.take<float>(1)),
+        scale(carve.take<float>(terms)),
         keys(carve.take<float>(widened)),
         values(carve.take<float>(widened)),
-        q(carve.take<int8_t>(widest)),
+        q(carve.take<int8_t>(terms * widest)),
         bytes(carve.used) {}
 };
 
@@ -90,8 +90,8 @@ struct Rows {
     qkv = carve.take<float>(most * n_qkv);
     attended = carve.take<float>(most * m.n_heads * m.d_head);
     hidden = carve.take<float>(most * padded_ff);
-    inputs = {carve.take<int8_t>(most * widest), carve.take<float>(most), widest};
-    own_bytes = Own(Carver{nullptr}, widest, longest(), widened()).bytes;
+    inputs = {carve.take<int8_t>(most * m.terms * widest), carve.take<float>(most * m.terms), widest};
+    own_bytes = Own(Carver{nullptr}, widest, longest(), widened(), m.terms).bytes;
     own = carve.take<char>(threads * static_cast<int64_t>(own_bytes));
     bytes = carve.used;
   }
@@ -125,7 +125,7 @@ class Pass {
         isa_(rows.isa),
         team_(team),
         own_(Carver{rows.own + rows.own_bytes * static_cast<size_t>(team.thread)}, rows.widest, rows.longest(),
-             rows.widened()) {}
+             rows.widened(), rows.model.terms) {}
 
   void run() {
     team_.share(r_.n, [&](int64_t row) { embed(row); });
@@ -172,6 +172,13 @@ class Pass {
     }
     for (int64_t i = k; i < round_up(k, kGroup); ++i) q[i] = 0;  // meets padded, zero weights
     *scale = isa_.quantize(x, k, q, isa_.flip);
+    if (m_.terms == 1) return;
+    for (int64_t i = 0; i < k; ++i) {
+      const auto rounded = static_cast<int8_t>(q[i] ^ isa_.flip);
+      own_.normed[i] = x[i] - static_cast<float>(rounded) * *scale;
+    }
+    for (int64_t i = k; i < round_up(k, kGroup); ++i) q[r_.widest + i] = 0;
+    scale[1] = isa_.quantize(own_.normed, k, q + r_.widest, isa_.flip);
   }
 
   // The INT8 inputs of a layer. A single row every thread makes for itself: cheaper than meeting.
@@ -181,17 +188,35 @@ class Pass {
       return {own_.q, own_.scale, r_.widest};
     }
     team_.share(r_.n, [&](int64_t row) {
-      quantize_row(x + row * stride, k, norm, r_.inputs.q + row * r_.widest, r_.inputs.scale + row);
+      const int64_t term = row * m_.terms;
+      quantize_row(x + row * stride, k, norm, r_.inputs.q + term * r_.widest, r_.inputs.scale + term);
     });
     team_.meet();
     return r_.inputs;
+  }
+
+  // y = inputs W^T for some rows and the panel of outputs that begins at `first`; y may be own_.tile.
+  void multiply_panel(const Weight& w, const Inputs& in, int64_t row, int64_t rows, int64_t first, float* y,
+                      int64_t y_stride) {
+    const int8_t* q = in.q + row * m_.terms * in.stride;
+    const float* scale = in.scale + row * m_.terms;
+    if (m_.terms == 1) return isa_.tile(w)(q, in.stride, scale, rows, w, first, y, y_stride);
+    const int64_t outputs = std::min(kPanel, w.n - first);
+    for (int64_t i = 0; i < rows; i += kRowsPerTile) {
+      const int64_t n = std::min(kRowsPerTile, rows - i);
+      isa_.tile(w)(q + 2 * i * in.stride, in.stride, scale + 2 * i, 2 * n, w, first, own_.tile, kPanel);
+      for (int64_t j = 0; j < n; ++j) {
+        const float *high = own_.tile + 2 * j * kPanel, *low = high + kPanel;
+        for (int64_t k = 0; k < outputs; ++k) y[(i + j) * y_stride + k] = high[k] + low[k];
+      }
+    }
   }
 
   // y = inputs W^T.
   void multiply(const Weight& w, const Inputs& in, float* y, int64_t y_stride) {
     const int64_t panels = round_up(w.n, kPanel) / kPanel;
     team_.share(panels, [&](int64_t p) {
-      isa_.tile(w)(in.q, in.stride, in.scale, r_.n, w, p * kPanel, y + p * kPanel, y_stride);
+      multiply_panel(w, in, 0, r_.n, p * kPanel, y + p * kPanel, y_stride);
     });
   }
 
@@ -202,7 +227,7 @@ class Pass {
     team_.share(panels, [&](int64_t p) {
       for (int64_t i = 0; i < r_.n; i += kRowsPerTile) {
         const int64_t rows = std::min(kRowsPerTile, r_.n - i), first = p * kPanel;
-        isa_.tile(w)(in.q + i * in.stride, in.stride, in.scale + i, rows, w, first, own_.tile, kPanel);
+        multiply_panel(w, in, i, rows, first, own_.tile, kPanel);
         for (int64_t j = 0; j < rows; ++j) finish(i + j, first, own_.tile + j * kPanel);
       }
     });
@@ -317,8 +342,7 @@ class Pass {
       for (int64_t i = 0; i < r_.n; ++i) {  // rows that are a sequence's last
         if (!r_.places[i].is_last) continue;
         const int64_t rows = t_.n_tokens == 1 ? r_.n - i : 1;
-        isa_.tile(w)(in.q + i * in.stride, in.stride, in.scale + i, rows, w, p * kPanel,
-                  t_.logits + r_.places[i].sequence * w.n + p * kPanel, w.n);
+        multiply_panel(w, in, i, rows, p * kPanel, t_.logits + r_.places[i].sequence * w.n + p * kPanel, w.n);
         i += rows - 1;
       }
     });

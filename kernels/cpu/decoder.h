@@ -6,6 +6,8 @@
 //
 // R rotates each 32 neighbours by their Hadamard matrix; W_down is stored as W R^T, so nothing changes but
 // that no single large number decides the scale of the row.
+// An input of a matrix is a sum of `terms` INT8 rows with a scale each: the second is what the first one's
+// rounding left, so two have about 16 bits; both go through the weight while it is at hand.
 // A row is one token of one sequence. Every number of a row has one order of computing, whatever the
 // other rows, the threads and the instruction set: a prompt at once, in parts or token by token,
 // alone or in a batch, gives the same bits.
@@ -31,6 +33,7 @@ struct Decoder {
   const float* norm;                 // [D], before the head
   const float *cosines, *sines;      // [positions][K / 2]
   int64_t n_layers, d, d_ff, n_heads, n_kv_heads, d_head;
+  int64_t terms;                     // 1 or 2
   float eps;
 };
 

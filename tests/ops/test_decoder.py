@@ -26,7 +26,17 @@ def native():
 
 
 def weights(
-    d=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, qk_norm=True, window=0, seed=0, bits=8
+    *,
+    d=24,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=6,
+    d_ff=40,
+    qk_norm=True,
+    window=0,
+    seed=0,
+    bits=8,
+    activation_bits=8,
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,6 +73,7 @@ def weights(
         n_kv_heads=n_kv_heads,
         d_head=d_head,
         eps=EPS,
+        activation_bits=activation_bits,
     )
 
 
@@ -70,12 +81,17 @@ def rms_norm(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
 
 
-def linear(x, weight):
-    """Inputs rounded to INT8 as ours are, everything else exact."""
-    q, scale = quantize_per_row(x.float())
+def linear(w, x, weight):
+    """Inputs rounded as ours are, everything else exact."""
+    x = x.float()
+    q, scale = quantize_per_row(x)
+    rounded = q.double() * scale[..., None].double()
+    if w.activation_bits == 16:
+        q, scale = quantize_per_row(x - q * scale[..., None])
+        rounded += q.double() * scale[..., None].double()
     if weight[0].dtype is torch.uint8:
-        return q.double() @ dequantize_groups(*weight).double().T * scale[..., None].double()
-    return (q.double() @ weight[0].double().T) * scale[..., None].double() * weight[1].double()
+        return rounded @ dequantize_groups(*weight).double().T
+    return rounded @ (weight[0].double() * weight[1].double()[:, None]).T
 
 
 def dequantized(room, layer, n):
@@ -115,13 +131,13 @@ def by_hand(w, ids, stored, cache):
     x = w.embedding[0][ids].double() * w.embedding[1][ids, None].double()
     for i, layer in enumerate(w.layers):
         kept = None if cache.scales is None else dequantized(cache, i, len(ids))
-        qkv = linear(rms_norm(x, layer.norm_attention), layer.qkv)
-        x = x + linear(attention_by_hand(w, layer, qkv, stored, kept), layer.o)
+        qkv = linear(w, rms_norm(x, layer.norm_attention), layer.qkv)
+        x = x + linear(w, attention_by_hand(w, layer, qkv, stored, kept), layer.o)
         normed = rms_norm(x, layer.norm_mlp)
-        gate, up = linear(normed, layer.gate), linear(normed, layer.up)
-        x = x + linear(hadamard(torch.nn.functional.silu(gate) * up), layer.down)
+        gate, up = linear(w, normed, layer.gate), linear(w, normed, layer.up)
+        x = x + linear(w, hadamard(torch.nn.functional.silu(gate) * up), layer.down)
     hidden = rms_norm(x, w.norm)
-    return hidden, linear(hidden, w.head)
+    return hidden, linear(w, hidden, w.head)
 
 
 def room(w, n_sequences=1, starts=None, dtype=torch.float32, length=300):
@@ -155,7 +171,12 @@ CASES = [
     {"window": 5, "d_head": 42},
     {"bits": 4, "seed": 4},
     {"bits": 4, "d_head": 22, "d": 66, "n_heads": 3, "n_kv_heads": 3, "d_ff": 38, "seed": 4},
+    {"activation_bits": 16, "seed": 2},
+    {"activation_bits": 16, "bits": 4, "seed": 4},
 ]
+BITS = pytest.mark.parametrize(
+    "bits", [{}, {"bits": 4}, {"activation_bits": 16}], ids=["W8A8", "W4A8", "W8A16"]
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
@@ -173,10 +194,10 @@ def test_equals_the_model_by_hand(isa, case, stored):
     torch.testing.assert_close(last, logits[-1], **close)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@BITS
 @FORMATS
 def test_parts_batches_and_threads_do_not_change_a_bit(native, monkeypatch, stored, bits):
-    w = weights(d=64, d_head=16, d_ff=176, bits=bits)
+    w = weights(d=64, d_head=16, d_ff=176, **bits)
     ids = tokens(3, 200)  # more rows than go through the layers together
     whole = Decoder(w).hidden(ids, room(w, 3, dtype=stored))
     for n_threads in ("1", "2", "3"):
@@ -204,10 +225,10 @@ def test_sequences_of_different_lengths_go_together(native, stored):
 
 
 @FORMATS
-@pytest.mark.parametrize("bits", [8, 4])
+@BITS
 @pytest.mark.parametrize("d_head", [24, 64])  # one that is compiled for, one that is not
 def test_every_instruction_set_gives_the_same_bits(native, monkeypatch, stored, d_head, bits):
-    w, ids, outputs = weights(d=96, d_head=d_head, d_ff=96, bits=bits), tokens(1, 60), []
+    w, ids, outputs = weights(d=96, d_head=d_head, d_ff=96, **bits), tokens(1, 60), []
     for number, name in enumerate(cpu.ISAS):
         if cpu.load()[0].tinyllm_isa_supported(number):
             monkeypatch.setenv("TINYLLM_CPU_ISA", name)

@@ -149,7 +149,7 @@ def test_the_gate_measures_each_kind_in_four_bits_and_tells_the_way_back(model):
         return 2.0
 
     knobs = {"max_bpb_increase_share": 0.005, "seq_len": 8, "calibration_tokens": 0}
-    params = QuantizeParams(weight_bits=4, **knobs)
+    params = QuantizeParams(weight_bits=4, activation_bits=8, **knobs)
     with pytest.raises(GateError, match=r"set quantize\.weight_bits: 8$"):
         check_gate(model, 2.0, 2.3, params, evaluate)
     assert sum(4 in bits for bits in seen) == len(seen) - 2

@@ -98,7 +98,7 @@ def test_unknown_format_and_unfit_weights_are_refused(model, tmp_path):
         config.write_text(config.read_text().replace('"float"', '"int8-rotated"'))
 
     save(model, tmp_path / "a", as_int3)
-    with pytest.raises(ArtifactError, match="'int3' weights.* float, int8-rotated, int4-rotated;"):
+    with pytest.raises(ArtifactError, match="'int3' weights.* float, int8-rotated, int4-rotated,"):
         load_any_model(tmp_path / "a")
     save(model, tmp_path / "b", float_weights)
     with pytest.raises(ArtifactError, match=r"do not fit config\.json"):
@@ -165,20 +165,20 @@ def test_the_gate_names_the_layers_that_cost(model):
     def evaluate(candidate):
         return 2.0 + sum(costs.get(kind, 0.0) for kind in quantized_kinds(candidate))
 
-    params = QuantizeParams(
-        weight_bits=8, max_bpb_increase_share=0.005, seq_len=8, calibration_tokens=0
-    )
+    knobs = {"max_bpb_increase_share": 0.005, "seq_len": 8, "calibration_tokens": 0}
+    params = QuantizeParams(weight_bits=8, activation_bits=8, **knobs)
     check_gate(model, 2.0, 2.009, params, evaluate)
     with pytest.raises(GateError, match=r"15\.00%.*down_proj \+10\.00%, v_proj \+5\.00%"):
         check_gate(model, 2.0, 2.3, params, evaluate)
     with pytest.raises(GateError):
         check_gate(model, 2.0, float("nan"), params, evaluate)
-    assert [kind for kind, _ in rank_kinds(model, 2.0, 8, evaluate)][:2] == ["down_proj", "v_proj"]
+    worst = [kind for kind, _ in rank_kinds(model, 2.0, params, evaluate)]
+    assert worst[:2] == ["down_proj", "v_proj"]
 
 
 def test_params_refuse_values_out_of_range():
-    message = r"^weight_bits: .*\nseq_len: .*\ncalib.*\nmax_bpb_incr"
+    message = r"^weight_bits: .*\nactivation_bits: .*\nseq_len: .*\ncalib.*\nmax_bpb_incr"
     knobs = {"max_bpb_increase_share": -1.0, "seq_len": 0, "calibration_tokens": -1}
     with pytest.raises(ValueError, match=message) as caught:
-        QuantizeParams(weight_bits=5, **knobs)
-    assert len(str(caught.value).splitlines()) == 4
+        QuantizeParams(weight_bits=5, activation_bits=4, **knobs)
+    assert len(str(caught.value).splitlines()) == 5

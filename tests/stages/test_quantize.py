@@ -17,8 +17,8 @@ from tinyllm.quantization.load import load_any_model
 from tinyllm.shards.writer import EncodeParams, write_split
 
 LIMIT = (
-    "quantize:\n  weight_bits: 8\n  max_bpb_increase_share: {}\n  seq_len: 48\n"
-    "  calibration_tokens: 480\n"
+    "quantize:\n  weight_bits: 8\n  activation_bits: 8\n  max_bpb_increase_share: {}\n"
+    "  seq_len: 48\n  calibration_tokens: 480\n"
 )
 
 
@@ -84,6 +84,17 @@ def test_the_artifact_and_the_report(pipeline):
     with torch.inference_mode():
         exact, logits = (load_any_model(p)(ids) for p in (paths.LORA_MERGED, paths.INT8))
     assert (logits - exact).norm() / exact.norm() < 0.1
+
+
+def test_sixteen_bits_for_activations_by_one_knob(pipeline):
+    sqnr = {}
+    for bits in (8, 16):
+        paths.PARAMS.write_text(LIMIT.format(0.5).replace("n_bits: 8", f"n_bits: {bits}"))
+        quantize()
+        metrics = json.loads(Path("reports/quantize/metrics.json").read_text())["quantize"]
+        sqnr[bits] = metrics["layers"]["q_proj"]["sqnr_db"]
+    assert load_config(paths.INT8)[1] == "int8-rotated-a16"
+    assert sqnr[16] > sqnr[8] + 2  # half of the noise was that of the inputs: 3 dB
 
 
 def test_four_bits_by_one_knob(pipeline):

@@ -72,6 +72,8 @@ class DecoderWeights:
     """K."""
     eps: float
     """Of every norm."""
+    activation_bits: int = 8
+    """8, or 16 as `linear.in_two_terms` has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +107,7 @@ class _Decoder(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("layers", "head", "embedding", "embedding_scale")),
         *((name, ctypes.c_void_p) for name in ("norm", "cosines", "sines")),
         *((name, ctypes.c_int64) for name in ("n_layers", "d", "d_ff")),
-        *((name, ctypes.c_int64) for name in ("n_heads", "n_kv_heads", "d_head")),
+        *((name, ctypes.c_int64) for name in ("n_heads", "n_kv_heads", "d_head", "terms")),
         ("eps", ctypes.c_float),
     )
 
@@ -142,6 +144,7 @@ class Decoder:
             *(x.data_ptr() for x in numbers),
             *(len(weights.layers), self._d, weights.layers[0].gate[0].shape[0]),
             *(weights.n_heads, weights.n_kv_heads, weights.d_head),
+            weights.activation_bits // 8,
             weights.eps,
         )
         self._address = ctypes.addressof(self._decoder)

@@ -69,6 +69,21 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
     return bound
 
 
+def in_two_terms(bound: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Give a bound layer activations of 16 bits: x = q1 s1 + q2 s2, both rounded as one is with 8.
+
+    The second term is what rounding the first left over, at most s1 / 2 <= absmax / 254; its own
+    rounding leaves at most s2 / 2 <= absmax / 64516.
+    """
+
+    def linear(x: Tensor) -> Tensor:
+        x = x.float()
+        q, scale = quantize_per_row(x)
+        return bound(x) + bound(x - q * scale.unsqueeze(-1))
+
+    return linear
+
+
 def bind_linear_w4a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor], Tensor]:
     """Do what `bind_linear_w8a8` does for weights of 4 bits; see `reference.bind_linear_w4a8`.
 

@@ -3,6 +3,7 @@
 Each matrix `<layer>.weight` becomes `<layer>.weight_q` (int8) and `<layer>.weight_scale` (fp32, one
 per row); a tied head is written once, as the embedding. In `int4-rotated` the layers of the blocks
 have `weight_q` in uint8, two numbers in a byte, and `weight_scale` in bf16 (`tinyllm.ops.int4`).
+Behind `-a16` the same numbers meet activations of 16 bits.
 """
 
 from pathlib import Path
@@ -13,9 +14,14 @@ from tinyllm.model.directory import save_weights
 from tinyllm.model.transformer import Transformer
 from tinyllm.quantization.layers import QuantizedLinear
 
-FORMATS = {"int8-rotated": 8, "int4-rotated": 4}
-"""Bits of the weights in the blocks, by `format`. It was `int8` before down_proj was rotated: such
-weights would load, and give nonsense."""
+FORMATS = {
+    "int8-rotated": (8, 8),
+    "int4-rotated": (4, 8),
+    "int8-rotated-a16": (8, 16),
+    "int4-rotated-a16": (4, 16),
+}
+"""Bits of the weights in the blocks and of activations, by `format`. It was `int8` before down_proj
+was rotated: such weights would load, and give nonsense."""
 HEAD, EMBEDDING = "lm_head.", "embed_tokens."
 
 
@@ -24,13 +30,20 @@ def save_quantized_model(model: Transformer, directory: Path) -> None:
     state = model.state_dict()
     if model.config.tie_embeddings:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
-    weight_format = next(name for name, bits in FORMATS.items() if bits == weight_bits(model))
+    bits = weight_bits(model), activation_bits(model)
+    weight_format = next(name for name, known in FORMATS.items() if known == bits)
     save_weights(state, model.config, directory, weight_format=weight_format)
 
 
 def weight_bits(model: Transformer) -> int:
     """Return the bits of a quantised model's weights in the blocks, 8 or 4; its head has 8."""
     return min(layer.bits for layer in model.modules() if isinstance(layer, QuantizedLinear))
+
+
+def activation_bits(model: Transformer) -> int:
+    """Return what a quantised model's activations are rounded to, 8 or 16."""
+    layers = (layer for layer in model.modules() if isinstance(layer, QuantizedLinear))
+    return next(layers).activation_bits
 
 
 def with_tied_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ class QuantizeParams:
 
     weight_bits: int
     """Of the layers in the blocks: 8, or 4 (docs/int4.md); embedding and head have 8."""
+    activation_bits: int
+    """What the inputs of all layers are rounded to: 8, or 16, twice the work and half the error."""
     max_bpb_increase_share: float
     """Gate: val_bpb may rise by this share of its value before; more fails the stage."""
     seq_len: int
@@ -28,6 +30,8 @@ class QuantizeParams:
         problems = []
         if self.weight_bits not in (4, 8):
             problems.append(f"weight_bits: must be 8 or 4, got {self.weight_bits}")
+        if self.activation_bits not in (8, 16):
+            problems.append(f"activation_bits: must be 8 or 16, got {self.activation_bits}")
         if self.seq_len < 1:
             problems.append(f"seq_len: must be at least 1, got {self.seq_len}")
         if self.calibration_tokens < 0:
@@ -66,7 +70,7 @@ def check_gate(
     rise = (after_bpb - before_bpb) / before_bpb
     if rise <= params.max_bpb_increase_share:
         return
-    costs = rank_kinds(model, before_bpb, params.weight_bits, evaluate_bpb, sample_BT)
+    costs = rank_kinds(model, before_bpb, params, evaluate_bpb, sample_BT)
     worst = ", ".join(f"{kind} {share:+.2%}" for kind, share in costs[:3])
     raise GateError(
         f"quantize: val_bpb rises by {rise:.2%}, from {before_bpb:.4f} to {after_bpb:.4f}; allowed"
@@ -79,7 +83,7 @@ def check_gate(
 def rank_kinds(
     model: Transformer,
     before_bpb: float,
-    weight_bits: int,
+    params: QuantizeParams,
     evaluate_bpb: Callable[[Transformer], float],
     sample_BT: Tensor | None = None,
 ) -> list[tuple[str, float]]:
@@ -89,6 +93,7 @@ def rank_kinds(
     """
     costs = []
     for kind in kinds_of(model):
-        bpb = evaluate_bpb(quantize_model(model, {kind}, sample_BT, weight_bits))
+        bits = params.weight_bits, params.activation_bits
+        bpb = evaluate_bpb(quantize_model(model, {kind}, sample_BT, *bits))
         costs.append((kind, (bpb - before_bpb) / before_bpb))
     return sorted(costs, key=lambda cost: cost[1] if cost[1] == cost[1] else float("inf"))[::-1]

@@ -42,6 +42,7 @@ def quantize_model(
     kinds: Collection[str] = KINDS,
     sample_BT: Tensor | None = None,
     weight_bits: int = 8,
+    activation_bits: int = 8,
 ) -> Transformer:
     """Return a copy of a model with its matrices in INT8; the model itself stays as it is.
 
@@ -53,6 +54,7 @@ def quantize_model(
         sample_BT: int64 tokens of text that tells which inputs the layers get, so that rounding
             can be compensated; None: every weight is rounded to the nearest.
         weight_bits: 8, or 4 for all but `ALWAYS_INT8`.
+        activation_bits: what the inputs of linear layers are rounded to, 8 or 16.
 
     Raises:
         DataError: its linear layers have a bias, which INT8 layers lack, or, for 4 bits, an odd
@@ -73,7 +75,7 @@ def quantize_model(
                 bits = _bits(path, weight_bits)
                 weight = layer.weight.detach()
                 done[shared] = _rounded(weight, products.get(path), _kind(path), bits)
-            _replace(parent, path, layer, *done[shared])
+            _replace(parent, path, layer, done[shared], activation_bits)
     return QuantizedTransformer(quantized)
 
 
@@ -96,12 +98,15 @@ def kinds_of(model: nn.Module) -> list[str]:
     return [kind for kind in KINDS if kind in present]
 
 
-def empty_quantized_model(model: Transformer, weight_bits: int) -> Transformer:
+def empty_quantized_model(
+    model: Transformer, weight_bits: int, activation_bits: int
+) -> Transformer:
     """Return the model with every matrix replaced by a quantised one, to be filled by loading.
 
     Args:
         model: changed in place; its numbers are of no importance.
         weight_bits: as in `quantize_model`.
+        activation_bits: likewise.
 
     Raises:
         DataError: as in `quantize_model`.
@@ -115,7 +120,8 @@ def empty_quantized_model(model: Transformer, weight_bits: int) -> Transformer:
             fresh = quantize_groups(torch.zeros(n, k))
         else:
             fresh = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
-        _replace(parent, path, layer, *done.setdefault(layer.weight.data_ptr(), fresh))
+        weight = done.setdefault(layer.weight.data_ptr(), fresh)
+        _replace(parent, path, layer, weight, activation_bits)
     return QuantizedTransformer(model.requires_grad_(False))
 
 
@@ -149,11 +155,18 @@ def _bits(path: str, weight_bits: int) -> int:
     return 8 if _kind(path) in ALWAYS_INT8 else weight_bits
 
 
-def _replace(parent: nn.Module, path: str, layer: Any, weight_q: Tensor, scale: Tensor) -> None:
+def _replace(
+    parent: nn.Module,
+    path: str,
+    layer: Any,
+    weight: tuple[Tensor, Tensor],
+    activation_bits: int,
+) -> None:
     """Put the quantised layer in the place of the other."""
     made: QuantizedMatrix
     if isinstance(layer, nn.Linear):
-        made = QuantizedLinear(weight_q, scale, is_rotated=_kind(path) == ROTATED)
+        is_rotated = _kind(path) == ROTATED
+        made = QuantizedLinear(*weight, is_rotated=is_rotated, activation_bits=activation_bits)
     else:
-        made = Int8Embedding(weight_q, scale)
+        made = Int8Embedding(*weight)
     parent.add_module(_kind(path), made)

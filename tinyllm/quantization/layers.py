@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyllm.ops.linear import bind_linear_w4a8, bind_linear_w8a8
+from tinyllm.ops.linear import bind_linear_w4a8, bind_linear_w8a8, in_two_terms
 from tinyllm.ops.reference import hadamard
 
 
@@ -50,18 +50,27 @@ class QuantizedMatrix(nn.Module):
 
 
 class QuantizedLinear(Prepared, QuantizedMatrix):
-    """y = x W^T without bias, on weights of 8 or 4 bits and INT8 activations."""
+    """y = x W^T without bias, on weights of 8 or 4 bits and activations of 8 or 16."""
 
-    def __init__(self, weight_q: Tensor, weight_scale: Tensor, *, is_rotated: bool = False) -> None:
+    def __init__(
+        self,
+        weight_q: Tensor,
+        weight_scale: Tensor,
+        *,
+        is_rotated: bool = False,
+        activation_bits: int = 8,
+    ) -> None:
         """Take a weight of 8 or of 4 bits.
 
         Args:
             weight_q: (N, K) in int8, or (N, K / 2) in uint8, two numbers in a byte.
             weight_scale: (N,) in fp32, or (N, ceil(K / 32)) in bf16.
             is_rotated: its rows were rotated by `hadamard`, so inputs have to be.
+            activation_bits: what inputs are rounded to, 8 or 16.
         """
         super().__init__(weight_q, weight_scale)
         self.is_rotated = is_rotated
+        self.activation_bits = activation_bits
 
     @property
     def bits(self) -> int:
@@ -78,8 +87,10 @@ class QuantizedLinear(Prepared, QuantizedMatrix):
     def _bind(self) -> Callable[[Tensor], Tensor]:
         """Return the weight as a function; a cast model's scales get their format back."""
         if self.bits == 4:
-            return bind_linear_w4a8(self.weight_q, self.weight_scale.to(torch.bfloat16))
-        return bind_linear_w8a8(self.weight_q, self.weight_scale.float())
+            bound = bind_linear_w4a8(self.weight_q, self.weight_scale.to(torch.bfloat16))
+        else:
+            bound = bind_linear_w8a8(self.weight_q, self.weight_scale.float())
+        return bound if self.activation_bits == 8 else in_two_terms(bound)
 
 
 class Int8Embedding(QuantizedMatrix):

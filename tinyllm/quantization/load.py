@@ -23,7 +23,7 @@ def load_any_model(directory: Path) -> Transformer:
             f"{directory}: holds {weight_format!r} weights, this version knows float,"
             f" {', '.join(FORMATS)}; quantize the model again"
         )
-    model = empty_quantized_model(Transformer(config), FORMATS[weight_format])
+    model = empty_quantized_model(Transformer(config), *FORMATS[weight_format])
     tensors = load_weights(directory)
     if config.tie_embeddings:
         tensors = with_tied_head(tensors)

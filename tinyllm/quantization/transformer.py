@@ -78,6 +78,7 @@ def is_standard(model: Transformer) -> bool:
     return (
         isinstance(model.embed_tokens, Int8Embedding)
         and _bits(model.lm_head) == 8
+        and len({x.activation_bits for x in model.modules() if isinstance(x, QuantizedLinear)}) == 1
         and isinstance(model.norm, RMSNorm)
         and model.embed_positions is None
         and model.embed_tokens.weight_scale.dtype is torch.float32
@@ -118,6 +119,7 @@ def decoder_weights(model: Transformer) -> DecoderWeights:
         n_kv_heads=config.n_kv_heads,
         d_head=config.d_head,
         eps=config.norm_eps,
+        activation_bits=cast(QuantizedLinear, model.lm_head).activation_bits,
     )
 
 
