@@ -91,6 +91,7 @@ def as_operator(
     gradient.register_fake(_backward_fake)
 
     def run_backward(ctx: Any, d_o: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+        """Return a gradient for each argument of the operator."""
         q, k, v, o, lse, document_ids = ctx.saved_tensors
         return (*gradient(d_o, q, k, v, o, lse, document_ids, *ctx.options), None, None, None)
 
@@ -102,6 +103,7 @@ def without_lse(operator: Any) -> Callable[..., Tensor]:
     """Return a function like `reference.attention` that an operator of `as_operator` computes."""
 
     def attention(*arguments: Any) -> Tensor:
+        """Return the output alone, (B, H, T, E)."""
         y: Tensor = operator(*arguments)[0]
         return y
 
