@@ -30,8 +30,6 @@ _SPEED = {
     "model_memory_bytes": "memory",
     "decode_spread_share": "spread",
 }
-
-
 _WEIGHTS = {
     "int8": "Weights as 8-bit integers per output channel",
     "int4": "Weights of the blocks as 4-bit integers per output channel and 32 inputs, those of"

@@ -102,6 +102,7 @@ def _compensate(
         errors = torch.zeros_like(left[start : start + BLOCK])
         end = start + len(errors)
         for i in range(start, end):
+            # weights that are no numbers count as zero, as in `quantize_per_row`
             rounded[i] = (left[i] * steps[i]).round().clamp(*limits).nan_to_num(0.0)
             errors[i - start] = (left[i] - rounded[i] * scale[i]) / upper[i, i]
             left[i:end] -= upper[i, i:end, None] * errors[i - start]

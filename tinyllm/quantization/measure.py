@@ -33,7 +33,7 @@ def measure_outputs(
 
     Args:
         model: in floating point.
-        quantized: the same model in INT8.
+        quantized: the same model, made by `quantize_model`.
         ids_BT: text to measure on, int64.
 
     Returns:
