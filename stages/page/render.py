@@ -56,7 +56,8 @@ def _subtitle(facts: Facts) -> str:
 
 def _headline(facts: Facts) -> list[Figure | None]:
     """Return the few numbers that say how good, how small and how fast."""
-    bits, name = facts.quantized.upper(), facts.quantized
+    stored = facts.quantized
+    bits = stored.upper()
     fp32 = show("", facts.metric("benchmark", "lora", "decode_tokens_per_s"))
     return [
         _figure(
@@ -69,12 +70,12 @@ def _headline(facts: Facts) -> list[Figure | None]:
         _change(facts, "quantize", "val_bpb_before", f"bits per byte in {bits}", "quantisation"),
         _figure(
             f"size in {bits}",
-            show("bytes", facts.metric("quantize", f"{name}_bytes")),
+            show("bytes", facts.metric("quantize", f"{stored}_bytes")),
             f"fp32: {show('fp32_bytes', facts.metric('quantize', 'fp32_bytes'))}",
         ),
         _figure(
             f"tokens per second in {bits}",
-            show("", facts.metric("benchmark", name, "decode_tokens_per_s")),
+            show("", facts.metric("benchmark", stored, "decode_tokens_per_s")),
             f"fp32: {fp32}; {facts.hardware.get('processor', '')}",
         ),
     ]
