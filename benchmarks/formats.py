@@ -2,9 +2,9 @@
 
     python benchmarks/formats.py [--models data/models] [--tokens-from data/tokens]
 
-W8A16 has INT8 weights and bf16 activations, W8A8 both in INT8. W4A8 has 4-bit weights in the
-blocks, rounded by the training text as the stage does. The rows with a cache let every window pass
-through one. fp32 is the model before quantisation.
+W8A8 has INT8 weights and activations, W8A16 activations of 16 bits; W4A8 and W4A16 have 4-bit
+weights in the blocks. All are rounded by the training text as the stage does. The rows with a cache
+let every window pass through one. fp32 is the model before quantisation.
 The last line is one JSON object. `--quick` ends within 50 s.
 """
 
@@ -15,16 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyllm.evaluation.loss import TokenPart, evaluate_stream
 from tinyllm.inference.cache import KVCache
 from tinyllm.model.directory import load_model
 from tinyllm.model.transformer import Transformer
-from tinyllm.ops.reference import hadamard
 from tinyllm.quantization.calibration import read_windows
 from tinyllm.quantization.int8 import quantize_model
-from tinyllm.quantization.layers import QuantizedLinear, QuantizedMatrix
 from tinyllm.shards.reader import TokenShards
 from tinyllm.shards.stream import TokenStream
 
@@ -43,27 +41,6 @@ class Cached:
         B, T = ids_BT.shape
         cache = KVCache(self._model.config, B, T, self._dtype, "cpu")
         return self._model.head(self._model.hidden(ids_BT, cache=cache))
-
-
-def with_dequantized_weights(model: Transformer, sample_BT: Tensor) -> Transformer:
-    """Return W8A16: a bf16 model that has the INT8 model's weights."""
-    rounded = quantize_model(model, sample_BT=sample_BT)
-    for parent in list(rounded.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, QuantizedMatrix):
-                weight = layer.weight_q * layer.weight_scale[:, None]
-                n, k = weight.shape
-                plain: nn.Module
-                if isinstance(layer, QuantizedLinear):
-                    plain = nn.Linear(k, n, bias=False)
-                    exact = hadamard(weight) if layer.is_rotated else weight  # its own inverse
-                    plain.weight = nn.Parameter(exact)
-                else:
-                    plain = nn.Embedding(n, k, _weight=weight)
-                parent.add_module(name, plain)
-    found = Transformer(model.config)
-    found.load_state_dict(rounded.state_dict())
-    return found.bfloat16().eval()
 
 
 def main() -> None:
@@ -92,7 +69,8 @@ def main() -> None:
         "W8A8, INT8 cache": lambda: Cached(int8, torch.int8),
         "W4A8, to the nearest": lambda: quantize_model(model, weight_bits=4),
         "W4A8": lambda: quantize_model(model, sample_BT=sample, weight_bits=4),
-        "W8A16": lambda: with_dequantized_weights(model, sample),
+        "W8A16": lambda: quantize_model(model, sample_BT=sample, activation_bits=16),
+        "W4A16": lambda: quantize_model(model, sample_BT=sample, weight_bits=4, activation_bits=16),
         "bf16": lambda: model.bfloat16(),  # last: in place
     }
     rows = {}

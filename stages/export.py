@@ -35,7 +35,7 @@ def export() -> None:
     with build_artifact(paths.EXPORT, kind="export", made_from=sources, config=params) as draft:
         skipped = write_bundle(paths.LORA_MERGED, draft.path, params, progress, adapter)
         proof = prove_bundle(
-            paths.LORA_MERGED, draft.path, texts, params, progress, skipped, paths.INT8
+            paths.LORA_MERGED, draft.path, texts, params, progress, skipped, [paths.INT8]
         )
         draft.info["skipped"] = skipped
         Console(stderr=True).print(parity_table(proof, params.max_logit_diff))

@@ -29,8 +29,8 @@ def model(request):
     return tiny_model(tie_embeddings=request.param)
 
 
-def save(model, directory, writer=save_quantized_model, kind="int4"):
-    with build_artifact(directory, kind=kind, made_from=[]) as draft:
+def save(model, directory, writer=save_quantized_model):
+    with build_artifact(directory, kind="int8", made_from=[]) as draft:
         writer(model, draft.path)
 
 
@@ -76,7 +76,7 @@ def test_saved_and_loaded_gives_the_same_logits(model, tmp_path):
     quantized = quantize_model(model, weight_bits=4)
     save(quantized, tmp_path / "a")
     save(quantize_model(model, weight_bits=4), tmp_path / "b")
-    save(quantize_model(model), tmp_path / "int8", kind="int8")
+    save(quantize_model(model), tmp_path / "int8")
     assert load_config(tmp_path / "a")[1] == "int4-rotated"
     with torch.inference_mode():
         assert torch.equal(load_any_model(tmp_path / "a")(IDS), quantized(IDS))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tinyllm.model.directory import save_weights
+from tinyllm.model.directory import load_config, save_weights
 from tinyllm.model.transformer import Transformer
 from tinyllm.quantization.layers import QuantizedLinear
 
@@ -44,6 +44,11 @@ def activation_bits(model: Transformer) -> int:
     """Return what a quantised model's activations are rounded to, 8 or 16."""
     layers = (layer for layer in model.modules() if isinstance(layer, QuantizedLinear))
     return next(layers).activation_bits
+
+
+def short_format(directory: Path) -> str:
+    """Return what a quantised model is in a name: int8, int4, int8_a16, int4_a16."""
+    return load_config(directory)[1].replace("-rotated", "").replace("-", "_")
 
 
 def with_tied_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

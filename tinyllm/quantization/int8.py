@@ -25,7 +25,7 @@ KINDS = (
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"),
     *("gate_proj", "up_proj", "down_proj", "lm_head"),
 )
-"""The layers that have weights worth a byte each, by the last part of their name.
+"""The layers whose weights are quantised, by the last part of their name.
 
 Latent attention's kv_b_proj is not among them: decoding absorbs it into queries and outputs.
 """
@@ -44,7 +44,7 @@ def quantize_model(
     weight_bits: int = 8,
     activation_bits: int = 8,
 ) -> Transformer:
-    """Return a copy of a model with its matrices in INT8; the model itself stays as it is.
+    """Return a copy of a model with its matrices in INT8 or 4 bits; the model stays as it is.
 
     A tied matrix is stored once and serves the embedding and the head, if both are quantised.
 
@@ -57,11 +57,11 @@ def quantize_model(
         activation_bits: what the inputs of linear layers are rounded to, 8 or 16.
 
     Raises:
-        DataError: its linear layers have a bias, which INT8 layers lack, or, for 4 bits, an odd
+        DataError: its linear layers have a bias, which quantised ones lack, or, for 4 bits, an odd
             number of inputs.
     """
     if model.config.bias:
-        raise DataError("quantize: INT8 layers have no bias; train with model.bias: false")
+        raise DataError("quantize: quantised layers have no bias; train with model.bias: false")
     if weight_bits == 4:
         _check_inputs(model)
     quantized = copy.deepcopy(model).eval().requires_grad_(False)
