@@ -29,7 +29,12 @@ from tinyllm.inference.session import open_session
 from tinyllm.model.directory import COPIED, WEIGHTS
 from tinyllm.quantization.load import load_any_model
 
-QUANTIZE = {"max_bpb_increase_share": 0.5, "seq_len": 48, "calibration_tokens": 480}
+QUANTIZE = {
+    "activation_bits": 8,
+    "max_bpb_increase_share": 0.5,
+    "seq_len": 48,
+    "calibration_tokens": 480,
+}
 EXPORT = {
     **{"opset": 20, "onnx_fp16": False, "onnx_int8": False, "onnx_static": None, "static_chunk": 8},
     **{"gguf": [], "prompts": 1, "prompt_tokens": 8, "greedy_tokens": 4, "max_logit_diff": 1e-4},
