@@ -1,6 +1,7 @@
 // Operands of attention rearranged into the words that flash_simd.h multiplies, and results written
 // back. Layouts are drawn in kernels/LAYOUT.md. Everything is static: see w8a8.h.
 #pragma once
+#include "arena.h"
 #include "flash_simd.h"
 
 namespace tinyllm {
@@ -8,19 +9,6 @@ namespace {
 
 [[gnu::always_inline]] inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 [[gnu::always_inline]] inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Hands out parts of one piece of memory; with a null base it only counts.
-struct Arena {
-  uint8_t* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t n) {
-    auto* part = reinterpret_cast<T*>(base + used);
-    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return part;
-  }
-};
 
 template <class In>
 In* head_of(const Heads& tensor, int64_t batch, int64_t head) {

@@ -29,7 +29,7 @@ struct Weight {
 };
 
 // The blocks of the panel that begins at output `first`: 4, fewer in the last one.
-inline int64_t panel_blocks(int64_t n, int64_t first) {
+static inline int64_t panel_blocks(int64_t n, int64_t first) {
   const int64_t blocks = (n - first + kLanes - 1) / kLanes;
   return blocks < kBlocksPerPanel ? blocks : kBlocksPerPanel;
 }
@@ -98,6 +98,9 @@ struct Isa {
 extern const Isa kScalar;
 extern const Isa kAvx2;
 extern const Isa kAvx512Vnni;
+
+// The instruction set with a known number.
+const Isa& isa_of(int64_t number);
 
 }  // namespace tinyllm
 
