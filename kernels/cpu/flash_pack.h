@@ -43,7 +43,7 @@ void pack_pairs(const uint32_t* words, int64_t rows, int64_t width, uint32_t* pa
       pairs[j] = x[j] | static_cast<uint32_t>(x[width + j]) << 16;
 }
 
-// Packed rows [rows][n] turned: panels of kPanel rows, each [n][kPanel]. `rows` is a multiple of it.
+// Keys, or their values, that a register tile meets.
 template <class S>
 constexpr int64_t kPanel = S::kLanes* S::kVectors;
 
@@ -90,6 +90,7 @@ template <class S>
 #endif
 }
 
+// Packed rows [rows][n] turned: panels of kPanel rows, each [n][kPanel]. `rows` is a multiple of it.
 template <class S>
 void pack_panels(const uint32_t* words, int64_t rows, int64_t n, uint32_t* panels) {
   for (int64_t first = 0; first < rows; first += kPanel<S>)

@@ -1,5 +1,5 @@
-// The cache of keys and values of a pass (`Tokens` of decoder.h): where a position lies, how it is written and read. Drawn
-// in kernels/LAYOUT.md. Portable units only.
+// The cache of keys and values of a pass (`Tokens` of decoder.h): where a position lies, how it is written and read.
+// Drawn in kernels/LAYOUT.md. Portable units only.
 #pragma once
 #include <cstring>
 

@@ -1,5 +1,6 @@
 // INT8 linear layers on the CPU: y = dequantise(quantise(x) W^T), called from tinyllm/ops/cpu.py.
 //
+// One scale per row of x and one per output: Dettmers et al. 2022, arXiv:2208.07339, vector-wise quantisation.
 // Dimensions: M rows of x, N outputs, K inputs. Layouts are drawn in kernels/LAYOUT.md.
 // Every function gives the same bits as tinyllm/ops/reference.py, on every instruction set.
 #pragma once

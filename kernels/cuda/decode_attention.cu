@@ -2,7 +2,8 @@
 //
 // Its time is that of reading the cache once, so the cache is split: a block takes a chunk of the keys
 // of one key-value head, and all queries that share this head, and leaves sums, largest score and sum
-// of weights behind; decode_attention_combine joins the chunks (arXiv:2205.14135, section 3.1).
+// of weights behind; decode_attention_combine joins the chunks (Dao et al. 2022,
+// arXiv:2205.14135, section 3.1).
 //
 // WIDTH / 8 lanes read a key (16 bytes each, 8 if the cache is INT8), a warp several keys at once and
 // kTurn such before it computes. Scores go to shared memory, so the pass over the values knows all of
