@@ -42,7 +42,7 @@ QUANTIZE = of(
         "static_cast<int>(__fmul_rn(to_float(held[i].at[e]), inverse))",
     ),
     ("128 steps", "__fdiv_rn(127.0f, absmax)", "__fdiv_rn(128.0f, absmax)"),
-    ("no padding", "if (at >= p.stride) continue;", "if (at >= p.width) continue;"),
+    ("no padding", "for_each_held<FORMAT>(p.stride,", "for_each_held<FORMAT>(p.width,"),
     ("tiny rows count", "finite && absmax >= kTinyAbsmax", "finite && absmax > 0"),
     ("NaN has scale 0", "finite ? 0.0f : __uint_as_float(0x7fffffffu)", "0.0f"),
     ("scale of the first row", "p.scale[first / p.width]", "p.scale[0]"),
