@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "adamw8bit_blocks.h"
+
 namespace tinyllm {
 namespace {
 
@@ -15,12 +17,8 @@ void look_up(const float* table, const uint8_t* index, float* y, int64_t n) {
 }
 
 }  // namespace
-}  // namespace tinyllm
 
-#include "adamw8bit_blocks.h"
-
-namespace tinyllm {
-void adamw8bit_portable(const AdamW8bit& s, int64_t first, int64_t last) { step_blocks(s, first, last); }
+void adamw8bit_portable(const AdamW8bit& s, int64_t first, int64_t last) { step_blocks<look_up>(s, first, last); }
 
 }  // namespace tinyllm
 

@@ -2,7 +2,7 @@
 // permutations of two each and seven choices by the index's upper bits read 16 numbers.
 #include <immintrin.h>
 
-#include <cstdint>
+#include "adamw8bit_blocks.h"
 
 namespace tinyllm {
 namespace {
@@ -23,10 +23,7 @@ void look_up(const float* table, const uint8_t* index, float* y, int64_t n) {
 }
 
 }  // namespace
-}  // namespace tinyllm
 
-#include "adamw8bit_blocks.h"
+void adamw8bit_avx512(const AdamW8bit& s, int64_t first, int64_t last) { step_blocks<look_up>(s, first, last); }
 
-namespace tinyllm {
-void adamw8bit_avx512(const AdamW8bit& s, int64_t first, int64_t last) { step_blocks(s, first, last); }
 }  // namespace tinyllm

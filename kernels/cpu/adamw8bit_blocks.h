@@ -1,5 +1,4 @@
-// The step of adamw8bit.h for some blocks; included by each instruction set after its `look_up`,
-// which reads a table of 256 numbers. Static: see w8a8.h.
+// The step of adamw8bit.h for some blocks; included by each instruction set. Static: see w8a8.h.
 //
 // Everything but the tables is loops that the compiler turns into vectors.
 #pragma once
@@ -10,6 +9,10 @@
 namespace tinyllm {
 namespace {
 
+// y[i] = table[index[i]], a table of 256 numbers.
+using LookUp = void (*)(const float* table, const uint8_t* index, float* y, int64_t n);
+
+template <LookUp look_up>
 void quantize(const float* x, int64_t n, const StateCode& code, uint8_t* q, float* scale) {
   uint32_t most = 0;  // magnitudes are ordered like their bits
   for (int64_t i = 0; i < n; ++i) {
@@ -41,6 +44,7 @@ void quantize(const float* x, int64_t n, const StateCode& code, uint8_t* q, floa
     q[i] = static_cast<uint8_t>(first[i] + (scaled[i] > middle[i] ? 1 : 0));
 }
 
+template <LookUp look_up>
 void step_blocks(const AdamW8bit& s, int64_t first, int64_t last) {
   for (int64_t block = first; block < last; ++block) {
     const int64_t at = block * kStateBlock;
@@ -57,8 +61,8 @@ void step_blocks(const AdamW8bit& s, int64_t first, int64_t last) {
       const float update = m[i] / (__builtin_sqrtf(v[i]) * s.inverse2 + s.eps);
       p[i] = p[i] * s.decay - s.rate * update;
     }
-    quantize(m, n, s.signed_code, s.m + at, s.m_scale + block);
-    quantize(v, n, s.unsigned_code, s.v + at, s.v_scale + block);
+    quantize<look_up>(m, n, s.signed_code, s.m + at, s.m_scale + block);
+    quantize<look_up>(v, n, s.unsigned_code, s.v + at, s.v_scale + block);
   }
 }
 

@@ -1,4 +1,9 @@
 // Attention of one query over its cached keys and values; included by every instruction set.
+//
+//   scores = q K^T / sqrt(d_head)      weights = exp(scores - the largest)      y = (weights V) / (their sum)
+//
+// Keys are read once, 16 at a time, then values once, two at a time; all scores of the query lie between. K and V are
+// [n_keys][d_head] with a stride, fp32, bf16 or INT8 with a scale per key. Sums have the order of lanes.h.
 #pragma once
 #include "lanes.h"
 
@@ -128,7 +133,8 @@ template <int64_t D, class T>
   const float factor = 1.0f / sum_lanes(total);
   int64_t i = 0;
   for (; i + kSlices * kLanes <= d_head; i += kSlices * kLanes)
-    weigh<kSlices>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, kSlices * kLanes, y + i);
+    weigh<kSlices>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, kSlices * kLanes,
+                   y + i);
   for (; i + 2 * kLanes <= d_head; i += 2 * kLanes)
     weigh<2>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, 2 * kLanes, y + i);
   for (; i < d_head; i += kLanes)

@@ -2,8 +2,8 @@
 //
 //   loss = ln sum_j exp(x_j) - x_target     d loss / d x_j = exp(x_j) / sum - [j = target]
 //
-// A row is widened to fp32, exponentiated once and divided while it is in the first cache: logits
-// are read once and the gradient is written once.
+// Bishop 2006, eq. 4.109. A row is widened to fp32, exponentiated once and divided while it is in the
+// first cache: logits are read once and the gradient is written once.
 #pragma once
 #include <cstdint>
 

@@ -1,8 +1,6 @@
 // One row of cross_entropy.h; included by each instruction set. See w8a8.h on static functions.
 #pragma once
-#include <cmath>
-#include <limits>
-
+#include "arena.h"
 #include "cross_entropy.h"
 #include "simd.h"
 
@@ -22,7 +20,7 @@ void cross_entropy_row(const CrossEntropy& problem, int64_t row, float* scratch)
   }
   const int64_t padded = round_up(n, S::kLanes);
   for (int64_t j = 0; j < n; ++j) scratch[j] = widen(logits[j]);
-  for (int64_t j = n; j < padded; ++j) scratch[j] = -std::numeric_limits<float>::infinity();
+  for (int64_t j = n; j < padded; ++j) scratch[j] = -__builtin_inff();
   Vec largest = load<S>(scratch);
   for (int64_t j = S::kLanes; j < padded; j += S::kLanes)
     largest = larger<S>(largest, load<S>(scratch + j));
@@ -34,7 +32,7 @@ void cross_entropy_row(const CrossEntropy& problem, int64_t row, float* scratch)
     sums += power;
   }
   const float sum = sum_lanes<S>(sums), inverse = 1.0f / sum;
-  problem.loss[row] = std::log(sum) + (top - widen(logits[target]));
+  problem.loss[row] = __builtin_logf(sum) + (top - widen(logits[target]));
   for (int64_t j = 0; j < n; ++j) narrow(scratch[j] * inverse, gradient + j);
   narrow(scratch[target] * inverse - 1.0f, gradient + target);
 }

@@ -5,115 +5,17 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstring>
 
+#include "activations.h"
+#include "kv_cache.h"
 #include "pool.h"
 #include "scratch.h"
 
 namespace tinyllm {
 namespace {
 
-constexpr int64_t kRows = 128;         // rows that go through the layers together
-constexpr int64_t kRowsPerTile = 48;   // their outputs of one panel, 12 KB, stay in the first cache
-constexpr int64_t kWidened = 4;        // queries that share keys in bf16, from which on they are widened once
+constexpr int64_t kRows = 128;               // rows that go through the layers together
 constexpr int64_t kWorkPerThread = 1 << 15;  // multiplications per layer; meeting costs 0.2 us each time
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Hands out parts of one piece of memory; with a null base it only counts.
-struct Carver {
-  char* base;
-  size_t used = 0;
-
-  template <class T>
-  T* take(int64_t n) {
-    auto* part = reinterpret_cast<T*>(base + used);
-    used += static_cast<size_t>(round_up(n * static_cast<int64_t>(sizeof(T)), 64));
-    return part;
-  }
-};
-
-// Rows of INT8 inputs and their scales; the terms of a row lie one behind the other.
-struct Inputs {
-  int8_t* q;
-  float* scale;
-  int64_t stride;
-};
-
-// What a thread has for itself.
-struct Own {
-  float *tile, *normed, *scores, *scale, *keys, *values;
-  int8_t* q;
-  size_t bytes;
-
-  Own(Carver carve, int64_t widest, int64_t longest, int64_t widened, int64_t terms)
-      : tile(carve.take<float>(terms * kRowsPerTile * kPanel)),
-        normed(carve.take<float>(widest)),
-        scores(carve.take<float>(longest)),
-        scale(carve.take<float>(terms)),
-        keys(carve.take<float>(widened)),
-        values(carve.take<float>(widened)),
-        q(carve.take<int8_t>(terms * widest)),
-        bytes(carve.used) {}
-};
-
-// Where a row belongs.
-struct Place {
-  int64_t sequence, position;
-  bool is_last;  // of the new tokens of its sequence
-};
-
-// What all threads share: the rows [first, first + n) of a pass and their numbers on the way.
-struct Rows {
-  const Decoder& model;
-  const Tokens& tokens;
-  const Isa& isa;
-  int64_t first, n, n_qkv, padded_ff, widest;
-  float *x, *qkv, *attended, *hidden;
-  Place* places;
-  Inputs inputs;
-  char* own;          // each thread's own memory, one piece after the other
-  size_t own_bytes, bytes;
-
-  Rows(const Decoder& m, const Tokens& t, int64_t most, int64_t threads, char* base)
-      : model(m),
-        tokens(t),
-        isa(isa_of(m.head->isa)),
-        first(0),
-        n(most),
-        n_qkv((m.n_heads + 2 * m.n_kv_heads) * m.d_head),
-        padded_ff(round_up(m.d_ff, 32)),
-        widest(round_up(std::max({m.d, padded_ff, m.n_heads * m.d_head}), 64)) {
-    Carver carve{base};
-    places = carve.take<Place>(most);
-    x = carve.take<float>(most * m.d);
-    qkv = carve.take<float>(most * n_qkv);
-    attended = carve.take<float>(most * m.n_heads * m.d_head);
-    hidden = carve.take<float>(most * padded_ff);
-    inputs = {carve.take<int8_t>(most * m.terms * widest), carve.take<float>(most * m.terms), widest};
-    own_bytes = Own(Carver{nullptr}, widest, longest(), widened(), m.terms).bytes;
-    own = carve.take<char>(threads * static_cast<int64_t>(own_bytes));
-    bytes = carve.used;
-  }
-
-  // Go on with the rows from `at`.
-  void begin(int64_t at, int64_t n_rows) {
-    first = at;
-    n = n_rows;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t sequence = (at + i) / tokens.n_tokens, token = (at + i) % tokens.n_tokens;
-      places[i] = {sequence, tokens.starts[sequence] + token, token == tokens.n_tokens - 1};
-    }
-  }
-  int64_t longest() const {
-    return *std::max_element(tokens.starts, tokens.starts + tokens.n_sequences) + tokens.n_tokens;
-  }
-  // Numbers of a head's keys, if they are widened before use.
-  int64_t widened() const {
-    const bool shared = tokens.n_tokens * (model.n_heads / model.n_kv_heads) >= kWidened;
-    return shared && tokens.stored == Stored::kBf16 ? longest() * model.d_head : 0;
-  }
-};
 
 // One thread's way through the phases.
 class Pass {
@@ -124,8 +26,9 @@ class Pass {
         t_(rows.tokens),
         isa_(rows.isa),
         team_(team),
-        own_(Carver{rows.own + rows.own_bytes * static_cast<size_t>(team.thread)}, rows.widest, rows.longest(),
-             rows.widened(), rows.model.terms) {}
+        cache_{rows.tokens, rows.isa, rows.model.d_head},
+        own_(Arena{rows.own + rows.own_bytes * team.thread}, rows.widest, rows.longest(), rows.widened(),
+             rows.model.terms) {}
 
   void run() {
     team_.share(r_.n, [&](int64_t row) { embed(row); });
@@ -155,6 +58,7 @@ class Pass {
   const Tokens& t_;
   const Isa& isa_;
   const Team& team_;
+  const KvCache cache_;
   Own own_;
 
   void embed(int64_t row) {
@@ -247,23 +151,6 @@ class Pass {
     });
   }
 
-  int64_t cache_offset(int64_t layer, int64_t row, int64_t group) const {
-    return layer * t_.layer_stride + r_.places[row].sequence * t_.sequence_stride + group * t_.head_stride;
-  }
-
-  void store(void* cache, float* scale, int64_t offset, const float* x) const {
-    switch (t_.stored) {
-      case Stored::kFloat:
-        std::memcpy(static_cast<float*>(cache) + offset, x, static_cast<size_t>(m_.d_head) * sizeof(float));
-        return;
-      case Stored::kBf16:
-        isa_.narrow(x, m_.d_head, static_cast<uint16_t*>(cache) + offset);
-        return;
-      case Stored::kInt8:
-        scale[offset / t_.position_stride] = isa_.quantize(x, m_.d_head, static_cast<int8_t*>(cache) + offset, 0);
-    }
-  }
-
   // Norm and rotation of queries and keys; keys and values go into the cache.
   void turn_and_store(const Layer& layer, int64_t l) {
     const int64_t heads = m_.n_heads + 2 * m_.n_kv_heads;
@@ -278,8 +165,8 @@ class Pass {
         isa_.rotate(x, m_.cosines + angle, m_.sines + angle, m_.d_head / 2);
       }
       if (key < 0) return;
-      const int64_t offset = cache_offset(l, row, value < 0 ? key : value) + position * t_.position_stride;
-      store(value < 0 ? t_.keys : t_.values, value < 0 ? t_.key_scale : t_.value_scale, offset, x);
+      const int64_t head_start = cache_.head_start(l, r_.places[row].sequence, value < 0 ? key : value);
+      cache_.store(value < 0, head_start + position * t_.position_stride, x);
     });
   }
 
@@ -287,24 +174,8 @@ class Pass {
   CachedHead cached(const Layer& layer, int64_t l, int64_t row, int64_t group) const {
     const int64_t n_keys = r_.places[row].position + 1;
     const int64_t skipped = layer.window > 0 ? std::max<int64_t>(0, n_keys - layer.window) : 0;
-    const int64_t offset = cache_offset(l, row, group) + skipped * t_.position_stride;
-    const int64_t bytes = t_.stored == Stored::kFloat ? 4 : t_.stored == Stored::kBf16 ? 2 : 1;
-    const int64_t first = t_.stored == Stored::kInt8 ? offset / t_.position_stride : 0;
-    const auto* keys = static_cast<const char*>(t_.keys) + offset * bytes;
     const bool is_last = r_.n > 1 || group + 1 == m_.n_kv_heads;
-    return {keys, static_cast<const char*>(t_.values) + offset * bytes,
-            t_.key_scale + first, t_.value_scale + first,
-            is_last ? nullptr : keys + t_.head_stride * bytes,
-            t_.position_stride, n_keys - skipped, t_.stored};
-  }
-
-  // The same numbers in fp32, in this thread's memory, where `from` positions are already.
-  CachedHead widened(const CachedHead& head, int64_t from) const {
-    for (int64_t s = from; s < head.n_keys; ++s) {
-      isa_.widen(static_cast<const uint16_t*>(head.keys) + s * head.stride, m_.d_head, own_.keys + s * m_.d_head);
-      isa_.widen(static_cast<const uint16_t*>(head.values) + s * head.stride, m_.d_head, own_.values + s * m_.d_head);
-    }
-    return {own_.keys, own_.values, nullptr, nullptr, nullptr, m_.d_head, head.n_keys, Stored::kFloat};
+    return cache_.positions(cache_.head_start(l, r_.places[row].sequence, group), skipped, n_keys, !is_last);
   }
 
   void attend(const Layer& layer, int64_t l) {
@@ -320,7 +191,7 @@ class Pass {
         widened_keys = seen.keys;
         const int64_t known = n_widened;
         n_widened = std::max(known, seen.n_keys);
-        seen = widened(seen, known);
+        seen = cache_.widened(seen, known, own_.keys, own_.values);
       }
       isa_.attend(r_.qkv + row * r_.n_qkv + head * m_.d_head, seen, m_.d_head, own_.scores,
                   r_.attended + (row * m_.n_heads + head) * m_.d_head);
@@ -368,7 +239,7 @@ int tinyllm_decode(const Decoder* decoder, const Tokens* tokens, int64_t threads
   const int64_t per_row = layer.qkv->n * layer.qkv->k + 3 * decoder->d * decoder->d_ff;
   threads = std::clamp<int64_t>(most * per_row / kWorkPerThread, 1, threads);
   thread_local Scratch scratch;
-  void* memory = scratch.reserve(Rows(*decoder, *tokens, most, threads, nullptr).bytes);
+  void* memory = scratch.reserve(static_cast<size_t>(Rows(*decoder, *tokens, most, threads, nullptr).n_bytes));
   if (memory == nullptr) return -2;
   Rows rows(*decoder, *tokens, most, threads, static_cast<char*>(memory));
   for (int64_t first = 0; first < total; first += most) {

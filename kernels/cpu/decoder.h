@@ -4,10 +4,12 @@
 //                              x += W_o attention(q, K, V);  x += W_down R(silu(g) * u), (g, u) = W_gu norm(x)
 //   logits = W_head norm(x)
 //
+// Norms: Zhang & Sennrich 2019, arXiv:1910.07467; rope: Su et al. 2021, arXiv:2104.09864, half-split pairs; shared
+// keys: Ainslie et al. 2023, arXiv:2305.13245; silu(g) u: Shazeer 2020, arXiv:2002.05202.
 // R rotates each 32 neighbours by their Hadamard matrix; W_down is stored as W R^T, so nothing changes but
-// that no single large number decides the scale of the row.
-// An input of a matrix is a sum of `terms` INT8 rows with a scale each: the second is what the first one's
-// rounding left, so two have about 16 bits; both go through the weight while it is at hand.
+// that no single large number decides the scale of the row (Ashkboos et al. 2024, arXiv:2404.00456, section 4.1).
+// An input of a matrix is a sum of `terms` INT8 rows with a scale each: the second is what rounding the first left
+// over, so two have about 16 bits. Both go through the weight while it is at hand.
 // A row is one token of one sequence. Every number of a row has one order of computing, whatever the
 // other rows, the threads and the instruction set: a prompt at once, in parts or token by token,
 // alone or in a batch, gives the same bits.

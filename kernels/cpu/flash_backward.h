@@ -140,15 +140,8 @@ struct Backward {
   void panel(int64_t row, int64_t key, int64_t seen, int64_t block_row, int64_t part) {
     const int64_t vectors =
         at_least(0, at_most(S::kVectors, (seen + S::kLanes - 1) / S::kLanes));
-    if (vectors == 4) {
-      if constexpr (S::kVectors == 4) some_vectors<4>(row, key, block_row, part);
-    } else if (vectors == 3) {
-      if constexpr (S::kVectors == 4) some_vectors<3>(row, key, block_row, part);
-    } else if (vectors == 2) {
-      some_vectors<2>(row, key, block_row, part);
-    } else if (vectors == 1) {
-      some_vectors<1>(row, key, block_row, part);
-    }
+    if (vectors > 0)
+      with_count<S>(vectors, [&](auto count) { some_vectors<count.value>(row, key, block_row, part); });
     for (int64_t v = vectors; v < S::kVectors; ++v)
       for (int64_t r = 0; r < kRows; r += S::kGroup)
         put(Vec{}, Vec{}, Vec{}, Vec{}, block_row + r, part + v * S::kLanes);

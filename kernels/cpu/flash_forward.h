@@ -113,15 +113,7 @@ struct Forward {
           largest[r] = larger<S>(largest[r], sums[r][v]);
         }
     };
-    if (vectors == 4) {
-      if constexpr (S::kVectors == 4) run(Count<4>{});
-    } else if (vectors == 3) {
-      if constexpr (S::kVectors == 4) run(Count<3>{});
-    } else if (vectors == 2) {
-      run(Count<2>{});
-    } else {
-      run(Count<1>{});
-    }
+    with_count<S>(vectors, run);
     return vectors * S::kLanes;
   }
 

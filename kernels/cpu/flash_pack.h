@@ -1,6 +1,7 @@
 // Operands of attention rearranged into the words that flash_simd.h multiplies, and results written
 // back. Layouts are drawn in kernels/LAYOUT.md. Everything is static: see w8a8.h.
 #pragma once
+#include "arena.h"
 #include "flash_simd.h"
 
 namespace tinyllm {
@@ -8,19 +9,6 @@ namespace {
 
 [[gnu::always_inline]] inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 [[gnu::always_inline]] inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Hands out parts of one piece of memory; with a null base it only counts.
-struct Arena {
-  uint8_t* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t n) {
-    auto* part = reinterpret_cast<T*>(base + used);
-    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return part;
-  }
-};
 
 template <class In>
 In* head_of(const Heads& tensor, int64_t batch, int64_t head) {
@@ -55,7 +43,7 @@ void pack_pairs(const uint32_t* words, int64_t rows, int64_t width, uint32_t* pa
       pairs[j] = x[j] | static_cast<uint32_t>(x[width + j]) << 16;
 }
 
-// Packed rows [rows][n] turned: panels of kPanel rows, each [n][kPanel]. `rows` is a multiple of it.
+// Keys, or their values, that a register tile meets.
 template <class S>
 constexpr int64_t kPanel = S::kLanes* S::kVectors;
 
@@ -102,6 +90,7 @@ template <class S>
 #endif
 }
 
+// Packed rows [rows][n] turned: panels of kPanel rows, each [n][kPanel]. `rows` is a multiple of it.
 template <class S>
 void pack_panels(const uint32_t* words, int64_t rows, int64_t n, uint32_t* panels) {
   for (int64_t first = 0; first < rows; first += kPanel<S>)

@@ -42,6 +42,18 @@ struct Count {
   static constexpr int value = n;
 };
 
+// Calls run with the Count of `vectors`, 1 to S::kVectors; of those that are more with that of S::kVectors.
+template <class S, class Run>
+[[gnu::always_inline]] inline void with_count(int64_t vectors, Run run) {
+  static_assert(S::kVectors == 2 || S::kVectors == 4);
+  if constexpr (S::kVectors == 4) {
+    if (vectors >= 4) return run(Count<4>{});
+    if (vectors == 3) return run(Count<3>{});
+  }
+  if (vectors >= 2) return run(Count<2>{});
+  run(Count<1>{});
+}
+
 template <class S>
 [[gnu::always_inline]] inline typename S::Ints load_ints(const int32_t* x) {
   typename S::Ints y;
@@ -95,25 +107,12 @@ template <class S, int R>
                                               const float* factor, const uint32_t* a,
                                               int64_t a_row, int64_t a_step, const uint32_t* b,
                                               int64_t steps) {
-  for (int64_t at = 0; at < columns;) {
-    const int64_t vectors = (columns - at) / S::kLanes;
-    const auto tile = [&](auto count) {
+  for (int64_t at = 0; at < columns;)
+    with_count<S>((columns - at) / S::kLanes, [&](auto count) {
       accumulate_tile<S, R, count.value>(c + at, c_row, factor, a, a_row, a_step, b + at, columns,
                                          steps);
       at += count.value * S::kLanes;
-    };
-    if constexpr (S::kVectors == 2) {
-      tile(Count<2>{});
-    } else if (vectors >= 4) {
-      tile(Count<4>{});
-    } else if (vectors == 3) {
-      tile(Count<3>{});
-    } else if (vectors == 2) {
-      tile(Count<2>{});
-    } else {
-      tile(Count<1>{});
-    }
-  }
+    });
 }
 
 }  // namespace

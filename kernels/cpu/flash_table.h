@@ -14,12 +14,12 @@ int64_t flash_scratch_bytes(const Attention& problem, bool backward) {
 
 template <class S, class In>
 void flash_forward(const Attention& problem, int64_t task, void* scratch) {
-  Forward<S>(problem, Arena{static_cast<uint8_t*>(scratch)}).template run<In>(task);
+  Forward<S>(problem, Arena{static_cast<char*>(scratch)}).template run<In>(task);
 }
 
 template <class S, class In>
 void flash_backward(const Attention& problem, int64_t task, void* scratch) {
-  Backward<S>(problem, Arena{static_cast<uint8_t*>(scratch)}).template run<In>(task);
+  Backward<S>(problem, Arena{static_cast<char*>(scratch)}).template run<In>(task);
 }
 
 template <class S, class In>

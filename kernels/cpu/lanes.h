@@ -53,8 +53,8 @@ template <class T>
   return sum_lanes(products(a, b, n));
 }
 
-// exp between -87 and 88, constant beyond: 2^round(x / ln 2) times the Taylor series of the rest, |rest| <= ln(2) / 2, up to
-// the seventh power (relative error below 1e-8, less than the rounding of fp32).
+// exp between -87 and 88, constant beyond: 2^round(x / ln 2) times the Taylor series of the rest, |rest| <= ln(2) / 2,
+// up to the seventh power (relative error below 1e-8, less than the rounding of fp32).
 [[gnu::always_inline]] inline Lanes exp_lanes(Lanes x) {
   x = smaller(Lanes{} + 88.0f, larger(Lanes{} - 87.0f, x));
   const Lanes shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole

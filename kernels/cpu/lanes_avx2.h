@@ -18,7 +18,8 @@ struct Lanes {
   Eight low, high;
 };
 
-constexpr int kSlices = 2;  // of an output that attention adds to in registers: 8 of 16, even and odd
+// Slices of 16 outputs that attention sums at a time, even and odd keys apart: 8 of 16 registers.
+constexpr int kSlices = 2;
 
 #define TINYLLM_LANES(op)                                                          \
   [[gnu::always_inline]] inline Lanes operator op(Lanes a, Lanes b) {              \

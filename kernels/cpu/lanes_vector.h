@@ -17,7 +17,8 @@ typedef uint16_t ShortLanes __attribute__((vector_size(32)));
 typedef int8_t ByteLanes __attribute__((vector_size(16)));
 typedef float Eight __attribute__((vector_size(32)));
 
-constexpr int kSlices = 4;  // of an output that attention adds to in registers
+// Slices of 16 outputs that attention sums at a time, even and odd keys apart: 8 of 32 registers.
+constexpr int kSlices = 4;
 
 [[gnu::always_inline]] inline Lanes load_all(const float* x) {
   Lanes lanes;

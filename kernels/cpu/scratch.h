@@ -3,8 +3,6 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "w8a8.h"
-
 namespace tinyllm {
 
 class Scratch {
@@ -26,8 +24,5 @@ class Scratch {
   void* data_ = nullptr;
   size_t size_ = 0;
 };
-
-// The instruction set with a known number.
-const Isa& isa_of(int64_t number);
 
 }  // namespace tinyllm

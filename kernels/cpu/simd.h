@@ -118,9 +118,5 @@ template <class S>
   *y = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
-[[gnu::always_inline]] inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 }  // namespace
 }  // namespace tinyllm

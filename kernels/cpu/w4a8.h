@@ -15,10 +15,10 @@ constexpr int64_t kMaxScales = kMaxK / kScaled;
 constexpr int64_t kZero = 8;                        // numbers are stored with 8 added
 
 // The pairs of blocks of the panel that begins at output `first`: 2, or 1 in the last one.
-inline int64_t panel_pairs(int64_t n, int64_t first) { return n - first > kPairLanes ? 2 : 1; }
+static inline int64_t panel_pairs(int64_t n, int64_t first) { return n - first > kPairLanes ? 2 : 1; }
 
 // Bytes of one pair: a line of scales for every 32 inputs, a line of numbers for every 4.
-inline int64_t pair_bytes(int64_t k) {
+static inline int64_t pair_bytes(int64_t k) {
   const int64_t steps = (k + kGroup - 1) / kGroup;
   return (steps + (steps + kSteps - 1) / kSteps) * kBlockBytes;
 }

@@ -2,8 +2,7 @@
 //
 // Weights are the unsigned factor, 0 to 15, activations the signed one. Pairs of products stay within
 // 2 * 15 * 127 and the 8 steps of a group within 30480 < 32767: 16-bit sums need no widening until then.
-#include <immintrin.h>
-
+#include "tile.h"
 #include "w4a8.h"
 
 namespace tinyllm {
@@ -15,9 +14,7 @@ int32_t undo_zero(const int8_t* q, int64_t steps) {
   if (steps == kSteps) {  // unsigned bytes, 128 added, can be summed eight at a time
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
     const __m256i plus128 = _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(0x80)));
-    const __m256i sums = _mm256_sad_epu8(plus128, _mm256_setzero_si256());
-    const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    sum = _mm_cvtsi128_si64(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two))) - 128 * kScaled;
+    sum = sum_bytes(plus128) - 128 * kScaled;
   } else {
     for (int64_t i = 0; i < steps * kGroup; ++i) sum += q[i];
   }
@@ -58,16 +55,6 @@ void row_times_pair(const int8_t* q, const uint8_t* at, int64_t line, int64_t st
   }
 }
 
-void store(__m256 value, float* y, int64_t n) {
-  if (n >= 8) {
-    _mm256_storeu_ps(y, value);
-  } else if (n > 0) {
-    alignas(32) float all[8];
-    _mm256_store_ps(all, value);
-    __builtin_memcpy(y, all, static_cast<size_t>(n) * sizeof(float));
-  }
-}
-
 }  // namespace
 
 void tile_w4_avx2(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
@@ -81,7 +68,7 @@ void tile_w4_avx2(const int8_t* q, int64_t q_stride, const float* x_scale, int64
       row_times_pair(q + i * q_stride, panel + pair * kBlockBytes, pairs * kBlockBytes, steps, totals);
       const __m256 scale = _mm256_set1_ps(x_scale[i]);
       for (int64_t part = 0; part < 4; ++part)
-        store(_mm256_mul_ps(totals[part], scale), y + i * y_stride + at + 8 * part, n - 8 * part);
+        store_first(y + i * y_stride + at + 8 * part, _mm256_mul_ps(totals[part], scale), n - 8 * part);
     }
   }
 }

@@ -3,19 +3,11 @@
 // Weights are vpdpbusd's unsigned factor: a byte's low half is 0 to 15, its high half stays where it is,
 // 16 times as large, which saves the shift: the scales of those outputs are divided by 16, exactly.
 // Activations are the signed factor, so they lose the 128 that they come with on this instruction set.
-#include <immintrin.h>
-
+#include "tile.h"
 #include "w4a8.h"
 
 namespace tinyllm {
 namespace {
-
-__mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1u); }
-
-// sum += x * w, four products per lane; see w8a8_avx512vnni.cpp on why this is no intrinsic.
-void multiply_add(__m512i& sum, __m512i w, __m512i x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-}
 
 // Rows by groups of 32 inputs: signed bytes, and where the sum of a low half starts, -8 * (their sum).
 // A group's rows lie together; rows apart could share one set of the cache.
@@ -32,10 +24,7 @@ struct Rows {
         const __m256i plus128 = _mm256_maskz_loadu_epi8(present, from + r * stride + g * kScaled);
         const __m256i flips = _mm256_set1_epi8(static_cast<char>(0x80));
         _mm256_store_si256(reinterpret_cast<__m256i*>(q[g][r]), _mm256_xor_si256(plus128, flips));
-        const __m256i sums = _mm256_sad_epu8(plus128, _mm256_setzero_si256());
-        const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-        const int64_t sum = _mm_cvtsi128_si64(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)));
-        starts[g][r] = static_cast<int32_t>(kZero * (128 * n - sum));
+        starts[g][r] = static_cast<int32_t>(kZero * (128 * n - sum_bytes(plus128)));
       }
   }
 };
@@ -108,12 +97,7 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const __m512 value = _mm512_mul_ps(totals[r][b], _mm512_set1_ps(x_scale[r]));
-      float* to = y + r * y_stride + b * kLanes;
-      if (lanes == 0xffff) {  // what a masked store wrote is slow to read soon after
-        _mm512_storeu_ps(to, value);
-      } else {
-        _mm512_mask_storeu_ps(to, lanes, value);
-      }
+      store_lanes(y + r * y_stride + b * kLanes, value, lanes);
     }
   }
 }

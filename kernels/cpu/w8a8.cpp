@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "arena.h"
 #include "scratch.h"
 
 namespace tinyllm {
@@ -20,8 +21,6 @@ constexpr int64_t kRowsPerTask = 96;  // a panel of weights stays in L1 or L2 wh
 // ns here, so below this much work per thread it only costs.
 constexpr int64_t kWorkPerThread = 1 << 20;
 constexpr int64_t kQuantizePerThread = 1 << 16;
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 int useful_threads(int64_t work, int64_t work_per_thread, int64_t threads) {
   return static_cast<int>(std::max<int64_t>(1, std::min(threads, work / work_per_thread)));

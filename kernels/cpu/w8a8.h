@@ -1,5 +1,6 @@
 // INT8 linear layers on the CPU: y = dequantise(quantise(x) W^T), called from tinyllm/ops/cpu.py.
 //
+// One scale per row of x and one per output: Dettmers et al. 2022, arXiv:2208.07339, vector-wise quantisation.
 // Dimensions: M rows of x, N outputs, K inputs. Layouts are drawn in kernels/LAYOUT.md.
 // Every function gives the same bits as tinyllm/ops/reference.py, on every instruction set.
 #pragma once
@@ -29,7 +30,7 @@ struct Weight {
 };
 
 // The blocks of the panel that begins at output `first`: 4, fewer in the last one.
-inline int64_t panel_blocks(int64_t n, int64_t first) {
+static inline int64_t panel_blocks(int64_t n, int64_t first) {
   const int64_t blocks = (n - first + kLanes - 1) / kLanes;
   return blocks < kBlocksPerPanel ? blocks : kBlocksPerPanel;
 }
@@ -98,6 +99,9 @@ struct Isa {
 extern const Isa kScalar;
 extern const Isa kAvx2;
 extern const Isa kAvx512Vnni;
+
+// The instruction set with a known number.
+const Isa& isa_of(int64_t number);
 
 }  // namespace tinyllm
 

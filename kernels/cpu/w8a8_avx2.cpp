@@ -2,9 +2,9 @@
 //
 // AVX2 multiplies unsigned by signed bytes and saturates pairs at 16 bits. |q| as the unsigned side
 // and the sign moved to the weight keeps pairs within 2 * 127 * 127 = 32258 < 32767: exact.
-#include <immintrin.h>
-
 #include "attend.h"
+#include "quantize.h"
+#include "tile.h"
 #include "w4a8.h"
 
 namespace tinyllm {
@@ -23,9 +23,7 @@ uint32_t largest_magnitude(const float* x, int64_t k) {
   uint32_t largest = 0;
   for (int lane = 0; lane < 8; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
   for (; i < k; ++i) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffffu;
+    const uint32_t bits = magnitude(x + i);
     largest = bits > largest ? bits : largest;
   }
   return largest;
@@ -39,15 +37,10 @@ int64_t to_bytes(__m256 x, __m256 inverse) {
 }
 
 float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
-  const uint32_t largest = largest_magnitude(x, k);
-  float absmax;
-  __builtin_memcpy(&absmax, &largest, sizeof absmax);
-  const bool finite = largest < 0x7f800000u;
-  if (!finite || absmax < kTinyAbsmax) {
-    __builtin_memset(q, flip, static_cast<size_t>(k));
-    return finite ? 0.0f : __builtin_nanf("");
-  }
-  const __m256 inverse = _mm256_set1_ps(127.0f / absmax);
+  float factor;
+  const float scale = row_scale(largest_magnitude(x, k), k, q, flip, &factor);
+  if (factor == 0.0f) return scale;
+  const __m256 inverse = _mm256_set1_ps(factor);
   const int64_t flips = static_cast<int64_t>(0x0101010101010101ull * flip);
   int64_t i = 0;
   for (; i + 8 <= k; i += 8) {
@@ -60,7 +53,7 @@ float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
     const int64_t bytes = to_bytes(_mm256_loadu_ps(rest), inverse) ^ flips;
     __builtin_memcpy(q + i, &bytes, static_cast<size_t>(k - i));
   }
-  return absmax / 127.0f;
+  return scale;
 }
 
 // Two packed blocks (32 outputs) times one row: four accumulators hide the latency.
@@ -86,17 +79,6 @@ void row_times_blocks(const int8_t* q, const int8_t* packed, int64_t groups, int
   sums[0] = a0, sums[1] = a1, sums[2] = b0, sums[3] = b1;
 }
 
-void store_sums(__m256i sum, __m256 x_scale, const float* scale, float* y, int64_t n) {
-  const __m256 value = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum), x_scale), _mm256_loadu_ps(scale));
-  if (n >= 8) {
-    _mm256_storeu_ps(y, value);
-  } else if (n > 0) {
-    alignas(32) float all[8];
-    _mm256_store_ps(all, value);
-    __builtin_memcpy(y, all, static_cast<size_t>(n) * sizeof(float));
-  }
-}
-
 void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows, const Weight& w,
           int64_t first, float* y, int64_t y_stride) {
   const int64_t groups = (w.k + kGroup - 1) / kGroup;
@@ -108,10 +90,12 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
     for (int64_t i = 0; i < rows; ++i) {
       __m256i sums[4];
       row_times_blocks(q + i * q_stride, packed, groups, step_bytes, n_blocks, sums);
-      const __m256 row_scale = _mm256_set1_ps(x_scale[i]);
-      for (int64_t part = 0; part < 2 * n_blocks; ++part)
-        store_sums(sums[part], row_scale, w.scale + j + 8 * part, y + i * y_stride + j - first + 8 * part,
-              end - j - 8 * part);
+      const __m256 scale = _mm256_set1_ps(x_scale[i]);
+      for (int64_t part = 0; part < 2 * n_blocks; ++part) {
+        const int64_t at = j + 8 * part;
+        const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[part]), scale);
+        store_first(y + i * y_stride + at - first, _mm256_mul_ps(scaled, _mm256_loadu_ps(w.scale + at)), end - at);
+      }
     }
   }
 }

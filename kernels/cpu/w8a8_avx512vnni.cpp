@@ -2,15 +2,13 @@
 //
 // vpdpbusd multiplies unsigned by signed bytes and adds four products to an int32 without
 // saturation. The inputs are stored with 128 added; sums start at -128 * (sum of the weights).
-#include <immintrin.h>
-
 #include "attend.h"
+#include "quantize.h"
+#include "tile.h"
 #include "w4a8.h"
 
 namespace tinyllm {
 namespace {
-
-__mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1u); }
 
 float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
   const __m512i mask = _mm512_set1_epi32(0x7fffffff);
@@ -19,15 +17,10 @@ float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
     const __m512i bits = _mm512_maskz_loadu_epi32(first_lanes(k - i), x + i);
     most = _mm512_max_epu32(most, _mm512_and_si512(bits, mask));
   }
-  const uint32_t largest = _mm512_reduce_max_epu32(most);
-  float absmax;
-  __builtin_memcpy(&absmax, &largest, sizeof absmax);
-  const bool finite = largest < 0x7f800000u;
-  if (!finite || absmax < kTinyAbsmax) {
-    __builtin_memset(q, flip, static_cast<size_t>(k));
-    return finite ? 0.0f : __builtin_nanf("");
-  }
-  const __m512 inverse = _mm512_set1_ps(127.0f / absmax);
+  float factor;
+  const float scale = row_scale(_mm512_reduce_max_epu32(most), k, q, flip, &factor);
+  if (factor == 0.0f) return scale;
+  const __m512 inverse = _mm512_set1_ps(factor);
   const __m128i flips = _mm_set1_epi8(static_cast<char>(flip));
   for (int64_t i = 0; i < k; i += 16) {
     const __mmask16 lanes = first_lanes(k - i);
@@ -35,19 +28,13 @@ float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
     const __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(rounded), flips);
     _mm_mask_storeu_epi8(q + i, lanes, bytes);
   }
-  return absmax / 127.0f;
+  return scale;
 }
 
 __m512i four_inputs(const int8_t* q) {
   int32_t four;
   __builtin_memcpy(&four, q, sizeof four);
   return _mm512_set1_epi32(four);
-}
-
-// sum += x * w, four products per lane. The intrinsic would do, but GCC 12 then keeps every sum in
-// memory as well and stores it in each step, at half the speed; "+v" leaves it no choice.
-void multiply_add(__m512i& sum, __m512i x, __m512i w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
 }
 
 // ROWS rows times BLOCKS blocks; all sums live in registers (6 * 4 + 4 + 1 of 32).
@@ -98,12 +85,7 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
       const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][b]), _mm512_set1_ps(x_scale[r]));
-      float* to = y + r * y_stride + b * kLanes;
-      if (lanes == 0xffff) {  // what a masked store wrote is slow to read soon after
-        _mm512_storeu_ps(to, _mm512_mul_ps(sum, scale));
-      } else {
-        _mm512_mask_storeu_ps(to, lanes, _mm512_mul_ps(sum, scale));
-      }
+      store_lanes(y + r * y_stride + b * kLanes, _mm512_mul_ps(sum, scale), lanes);
     }
   }
 }

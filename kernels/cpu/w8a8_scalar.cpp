@@ -1,36 +1,28 @@
 // Portable C++: the twin that the other instruction sets are compared with.
 #include <cmath>
-#include <cstring>
 
 #include "attend.h"
+#include "quantize.h"
 #include "w4a8.h"
 
 namespace tinyllm {
 namespace {
 
 float quantize(const float* x, int64_t k, int8_t* q, uint8_t flip) {
-  // Magnitudes compare as integers in the order of the numbers, infinity and NaN above all.
   uint32_t largest = 0;
   for (int64_t i = 0; i < k; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffffu;
+    const uint32_t bits = magnitude(x + i);
     largest = bits > largest ? bits : largest;
   }
-  float absmax;
-  std::memcpy(&absmax, &largest, sizeof absmax);
-  const bool finite = largest < 0x7f800000u;
-  if (!finite || absmax < kTinyAbsmax) {
-    std::memset(q, flip, static_cast<size_t>(k));
-    return finite ? 0.0f : NAN;
-  }
-  const float inverse = 127.0f / absmax;
+  float inverse;
+  const float scale = row_scale(largest, k, q, flip, &inverse);
+  if (inverse == 0.0f) return scale;
   for (int64_t i = 0; i < k; ++i) {
     const auto rounded = static_cast<int32_t>(std::nearbyintf(x[i] * inverse));  // half to even
     const int32_t clamped = rounded > 127 ? 127 : rounded < -127 ? -127 : rounded;
     q[i] = static_cast<int8_t>(static_cast<uint8_t>(clamped) ^ flip);
   }
-  return absmax / 127.0f;
+  return scale;
 }
 
 void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows, const Weight& w,

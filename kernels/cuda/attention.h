@@ -44,14 +44,20 @@ __device__ __forceinline__ Number* head_of(const Heads& x, int batch, int head) 
 // ---- sums of a warp, 16 kTiles rows: of each 8 columns lane l holds 2 (l % 4) and the next, in rows l / 4
 // and, in the last two numbers, 8 more. So mma.sync leaves them, and each warp of wgmma, too.
 
-template <int kWidth>
-__device__ __forceinline__ void clear(float (&x)[kTiles][kWidth / 8][4]) {
+// Calls f(i, j, e) for each number that the lane holds of kWidth columns.
+template <int kWidth, class F>
+__device__ __forceinline__ void for_each_sum(const F& f) {
 #pragma unroll
   for (int i = 0; i < kTiles; i++)
 #pragma unroll
     for (int j = 0; j < kWidth / 8; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) x[i][j][e] = 0;
+      for (int e = 0; e < 4; e++) f(i, j, e);
+}
+
+template <int kWidth>
+__device__ __forceinline__ void clear(float (&x)[kTiles][kWidth / 8][4]) {
+  for_each_sum<kWidth>([&](int i, int j, int e) { x[i][j][e] = 0; });
 }
 
 // Stores the warp's rows from `row` on, times a factor for each of the lane's rows.
@@ -71,6 +77,16 @@ __device__ __forceinline__ void store_rows(const float (&x)[kTiles][kWidth / 8][
         *reinterpret_cast<unsigned*>(to + 8 * j) =
             pack<Number>(x[i][j][2 * half] * factor[i][half], x[i][j][2 * half + 1] * factor[i][half]);
     }
+}
+
+// The same with one factor for all rows.
+template <int kWidth>
+__device__ __forceinline__ void store_rows(const float (&x)[kTiles][kWidth / 8][4], float factor, Number* head,
+                                           i64 token, int row, int n_tokens) {
+  float factors[kTiles][2];
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; i++) factors[i / 2][i % 2] = factor;
+  store_rows<kWidth>(x, factors, head, token, row, n_tokens);
 }
 
 // ---- who sees whom ----
@@ -119,15 +135,10 @@ template <bool kRowsAreKeys, class Predicate>
 __device__ __forceinline__ void hide(float (&s)[kTiles][kColumns / 8][4], int row, int column,
                                      const Predicate& visible) {
   const int lane = threadIdx.x % kLanes;
-#pragma unroll
-  for (int i = 0; i < kTiles; i++)
-#pragma unroll
-    for (int j = 0; j < kColumns / 8; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int r = row + 16 * i + lane / 4 + e / 2 * 8, c = column + 8 * j + lane % 4 * 2 + e % 2;
-        if (!(kRowsAreKeys ? visible(c, r) : visible(r, c))) s[i][j][e] = -kInfinity;
-      }
+  for_each_sum<kColumns>([&](int i, int j, int e) {
+    const int r = row + 16 * i + lane / 4 + e / 2 * 8, c = column + 8 * j + lane % 4 * 2 + e % 2;
+    if (!(kRowsAreKeys ? visible(c, r) : visible(r, c))) s[i][j][e] = -kInfinity;
+  });
 }
 
 }  // namespace tinyllm

@@ -72,40 +72,20 @@ KERNEL(attention_backward_keys, Attention, p, kThreads) {
       clear<kColumns>(s);
       multiply_rows<kWidth, kColumns>(s, k_tile, warp_row, q_tile);
       if (!visible.all(query, kColumns, row, kWarpRows)) hide<true>(s, row, query, visible);
-#pragma unroll
-      for (int i = 0; i < kTiles; i++)
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            s[i][j][e] =
-                exp2_fast(fmaf(s[i][j][e], p.scale, -lse[8 * j + lane % 4 * 2 + e % 2]) * kLog2E);
+      for_each_sum<kColumns>([&](int i, int j, int e) {
+        s[i][j][e] = exp2_fast(fmaf(s[i][j][e], p.scale, -lse[8 * j + lane % 4 * 2 + e % 2]) * kLog2E);
+      });
       multiply_weights<kColumns, kValueWidth>(d_v, s, d_o_tile);
-#pragma unroll
-      for (int i = 0; i < kTiles; i++)
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) d_p[i][j][e] = -delta[8 * j + lane % 4 * 2 + e % 2];
+      for_each_sum<kColumns>([&](int i, int j, int e) { d_p[i][j][e] = -delta[8 * j + lane % 4 * 2 + e % 2]; });
       multiply_rows<kValueWidth, kColumns>(d_p, v_tile, warp_row, d_o_tile);
-#pragma unroll
-      for (int i = 0; i < kTiles; i++)
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) s[i][j][e] *= d_p[i][j][e];
+      for_each_sum<kColumns>([&](int i, int j, int e) { s[i][j][e] *= d_p[i][j][e]; });
       multiply_weights<kColumns, kWidth>(d_k, s, q_tile);
     }
     step = next;
   }
 
-  float factor[kTiles][2];
-#pragma unroll
-  for (int i = 0; i < 2 * kTiles; i++) factor[i / 2][i % 2] = 1;
-  store_rows<kValueWidth>(d_v, factor, head_of(p.d_v, batch, group), p.d_v.token, row, p.n_tokens);
-#pragma unroll
-  for (int i = 0; i < 2 * kTiles; i++) factor[i / 2][i % 2] = p.scale;
-  store_rows<kWidth>(d_k, factor, head_of(p.d_k, batch, group), p.d_k.token, row, p.n_tokens);
+  store_rows<kValueWidth>(d_v, 1, head_of(p.d_v, batch, group), p.d_v.token, row, p.n_tokens);
+  store_rows<kWidth>(d_k, p.scale, head_of(p.d_k, batch, group), p.d_k.token, row, p.n_tokens);
 }
 
 }  // namespace tinyllm

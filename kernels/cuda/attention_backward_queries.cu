@@ -77,23 +77,16 @@ KERNEL(attention_backward_queries, Attention, p, kThreads) {
       multiply_rows<kWidth, kColumns>(s, q_tile, warp_row, k_tile);
       if (!visible.all(row, kWarpRows, key, kColumns)) hide<false>(s, row, key, visible);
       multiply_rows<kValueWidth, kColumns>(d_p, d_o_tile, warp_row, v_tile);
-#pragma unroll
-      for (int i = 0; i < kTiles; i++)
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            s[i][j][e] = exp2_fast(fmaf(s[i][j][e], p.scale * kLog2E, -lse[i][e / 2])) *
-                         (d_p[i][j][e] - delta[i][e / 2]);
+      for_each_sum<kColumns>([&](int i, int j, int e) {
+        s[i][j][e] = exp2_fast(fmaf(s[i][j][e], p.scale * kLog2E, -lse[i][e / 2])) *
+                     (d_p[i][j][e] - delta[i][e / 2]);
+      });
       multiply_weights<kColumns, kWidth>(d_q, s, k_tile);
     }
     key = next;
   }
 
-  float factor[kTiles][2];
-#pragma unroll
-  for (int i = 0; i < 2 * kTiles; i++) factor[i / 2][i % 2] = p.scale;
-  store_rows<kWidth>(d_q, factor, head_of(p.d_q, batch, head), p.d_q.token, row, p.n_tokens);
+  store_rows<kWidth>(d_q, p.scale, head_of(p.d_q, batch, head), p.d_q.token, row, p.n_tokens);
 }
 
 }  // namespace tinyllm

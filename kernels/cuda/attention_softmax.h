@@ -60,12 +60,7 @@ struct Softmax {
 
 // Each row of the result times its `shrink`.
 __device__ __forceinline__ void rescale(float (&o)[kTiles][kValueWidth / 8][4], const float (&shrink)[kTiles][2]) {
-#pragma unroll
-  for (int i = 0; i < kTiles; i++)
-#pragma unroll
-    for (int j = 0; j < kValueWidth / 8; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) o[i][j][e] *= shrink[i][e / 2];
+  for_each_sum<kValueWidth>([&](int i, int j, int e) { o[i][j][e] *= shrink[i][e / 2]; });
 }
 
 }  // namespace tinyllm

@@ -27,22 +27,17 @@ KERNEL(cross_entropy, CrossEntropy, p, 1024) {
   const i64 target = p.targets[row];
   Logits held[kHeld];
   float top = -kInfinity;
-#pragma unroll
-  for (int i = 0; i < kHeld; i++) {
-    const int at = first_number<FORMAT>(i);
-    if (at >= p.n) continue;
+  for_each_held<FORMAT>(p.n, [&](int i, int at) {
     held[i] = load_16(p.logits + row * p.n + at);
 #pragma unroll
     for (int e = 0; e < kSize; e++) top = fmaxf(top, to_float(held[i].at[e]));
-  }
+  });
   top = row_max(top, shared);
   float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kHeld; i++) {
-    if (first_number<FORMAT>(i) >= p.n) continue;
+  for_each_held<FORMAT>(p.n, [&](int i, int) {
 #pragma unroll
     for (int e = 0; e < kSize; e++) sum += exp_for<FORMAT>(to_float(held[i].at[e]) - top);
-  }
+  });
   sum = row_sum(sum, shared);
   const float inverse = target < 0 ? 0.0f : 1.0f / sum;
   if (threadIdx.x == 0) {
@@ -51,10 +46,7 @@ KERNEL(cross_entropy, CrossEntropy, p, 1024) {
     else if (target >= 0) loss = logf(sum) + (top - to_float(p.logits[row * p.n + target]));
     p.loss[row] = loss;
   }
-#pragma unroll
-  for (int i = 0; i < kHeld; i++) {  // powers are computed again: 32 of them would not fit
-    const int at = first_number<FORMAT>(i);
-    if (at >= p.n) continue;
+  for_each_held<FORMAT>(p.n, [&](int i, int at) {  // powers are computed again: 32 of them would not fit
     Logits gradient;
 #pragma unroll
     for (int e = 0; e < kSize; e++) {
@@ -62,7 +54,7 @@ KERNEL(cross_entropy, CrossEntropy, p, 1024) {
       gradient.at[e] = from_float<FORMAT>(at + e == target ? share - 1.0f : share);
     }
     store_16(p.gradient + row * p.n + at, gradient);
-  }
+  });
 }
 
 }  // namespace tinyllm

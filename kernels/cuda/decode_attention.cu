@@ -2,7 +2,8 @@
 //
 // Its time is that of reading the cache once, so the cache is split: a block takes a chunk of the keys
 // of one key-value head, and all queries that share this head, and leaves sums, largest score and sum
-// of weights behind; decode_attention_combine joins the chunks (arXiv:2205.14135, section 3.1).
+// of weights behind; decode_attention_combine joins the chunks (Dao et al. 2022,
+// arXiv:2205.14135, section 3.1).
 //
 // WIDTH / 8 lanes read a key (16 bytes each, 8 if the cache is INT8), a warp several keys at once and
 // kTurn such before it computes. Scores go to shared memory, so the pass over the values knows all of
@@ -65,17 +66,22 @@ __device__ __forceinline__ int key_index(int base, int i) {
 }
 constexpr int kRound = kTurn * kWarps * kKeys;
 
+// This lane's part of its keys (or values) of a round; beyond the last key that one again, whose weight is 0.
+__device__ __forceinline__ void load_turn(Eight (&out)[kTurn], const CACHE* rows, Keys keys, int base) {
+#pragma unroll
+  for (int i = 0; i < kTurn; i++) {
+    const i64 at = keys.first + min(key_index(base, i), keys.n - 1);
+    out[i] = load_eight(rows + at * WIDTH + threadIdx.x % kParts * kSize);
+  }
+}
+
 // scores[h][i] = (scale q_h) k_i.
 __device__ __forceinline__ void score(const CACHE* k, const float* k_scale, Keys keys, int n_heads,
                                       const float* queries, float* scores) {
   const int part = threadIdx.x % kParts;
   for (int base = 0; base < keys.n; base += kRound) {
     Eight key[kTurn];
-#pragma unroll
-    for (int i = 0; i < kTurn; i++) {
-      const i64 at = keys.first + min(key_index(base, i), keys.n - 1);
-      key[i] = load_eight(k + at * WIDTH + part * kSize);
-    }
+    load_turn(key, k, keys, base);
     for (int h = 0; h < n_heads; h++) {
       const Vector<float> low = load_16(queries + h * WIDTH + part * kSize);
       const Vector<float> high = load_16(queries + h * WIDTH + part * kSize + 4);
@@ -121,11 +127,7 @@ __device__ __forceinline__ void add_values(const CACHE* v, Keys keys, int n_head
   Eight sums[kHeads] = {};
   for (int base = 0; base < keys.n; base += kRound) {
     Eight value[kTurn];
-#pragma unroll
-    for (int i = 0; i < kTurn; i++) {
-      const i64 at = keys.first + min(key_index(base, i), keys.n - 1);
-      value[i] = load_eight(v + at * WIDTH + part * kSize);
-    }
+    load_turn(value, v, keys, base);
 #pragma unroll
     for (int h = 0; h < kHeads; h++) {
       if (h >= n_heads) break;

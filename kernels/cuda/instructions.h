@@ -36,6 +36,21 @@ __device__ __forceinline__ unsigned pack<half>(float low, float high) {
   return *reinterpret_cast<const unsigned*>(&v);
 }
 
+// Two pairs of numbers as `pack` leaves them, subtracted.
+template <class T>
+__device__ __forceinline__ unsigned subtract_pairs(unsigned a, unsigned b);
+template <>
+__device__ __forceinline__ unsigned subtract_pairs<bf16>(unsigned a, unsigned b) {
+  const __nv_bfloat162 d =
+      __hsub2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const unsigned&>(d);
+}
+template <>
+__device__ __forceinline__ unsigned subtract_pairs<half>(unsigned a, unsigned b) {
+  const __half2 d = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const unsigned&>(d);
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -46,13 +61,16 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// c + the sum of four products of signed bytes.
-__device__ __forceinline__ int dp4a(unsigned a, unsigned b, int c) {
-  return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
-}
 
 __device__ __forceinline__ uint4 load_bits(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store_bits(void* p, uint4 bits) { *static_cast<uint4*>(p) = bits; }
+// For what is read once: does not enter the first cache.
+__device__ __forceinline__ uint4 load_once(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
 
 // Starts a copy of 16 (4) bytes into shared memory, of zeros unless is_real; both addresses are
 // multiples of 16 (4). Copies are grouped by commit; wait<n> returns when all but this thread's last n groups are

@@ -21,36 +21,6 @@ struct Int8Weight {
   i32 panels, tiles;   // tiles is even
 };
 
-#ifdef TINYLLM_EMU
-inline uint4 load_once(const void* p) { return load_bits(p); }
-template <class T>
-u32 subtract_pairs(u32 a, u32 b) {
-  const auto low = [](u32 x) { return to_float(T{static_cast<u16>(x)}); };
-  return pack<T>(low(a) - low(b), low(a >> 16) - low(b >> 16));
-}
-#else
-// For what is read once: does not enter the first cache.
-__device__ __forceinline__ uint4 load_once(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-template <class T>
-__device__ __forceinline__ u32 subtract_pairs(u32 a, u32 b);
-template <>
-__device__ __forceinline__ u32 subtract_pairs<bf16>(u32 a, u32 b) {
-  const __nv_bfloat162 d =
-      __hsub2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
-  return reinterpret_cast<const u32&>(d);
-}
-template <>
-__device__ __forceinline__ u32 subtract_pairs<half>(u32 a, u32 b) {
-  const __half2 d = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
-  return reinterpret_cast<const u32&>(d);
-}
-#endif
-
 // Four signed bytes as two pairs of 16-bit floats, exactly. Conversion instructions are slow (16 per
 // clock on sm_86 where there are 64 of these), so a byte becomes the low bits of a float whose
 // numbers are 1 apart, and what was added by that is subtracted.

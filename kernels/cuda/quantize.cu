@@ -26,23 +26,17 @@ KERNEL(quantize_rows, QuantizeRows, p, 1024) {
   if (row >= p.rows) return;  // as in rms_norm.cu
   Numbers held[kHeld];
   u32 most = 0;  // as bits, because a maximum of floats would pass over NaN
-#pragma unroll
-  for (int i = 0; i < kHeld; i++) {
-    const int at = first_number<FORMAT>(i);
-    if (at >= p.width) continue;
+  for_each_held<FORMAT>(p.width, [&](int i, int at) {
     held[i] = load_16(p.x + row * p.width + at);
 #pragma unroll
     for (int e = 0; e < kSize; e++) most = max(most, magnitude(to_float(held[i].at[e])));
-  }
+  });
   const float absmax = __uint_as_float(row_max(most, shared));
   const bool finite = absmax < kInfinity, usable = finite && absmax >= kTinyAbsmax;
   const float inverse = usable ? __fdiv_rn(127.0f, absmax) : 0.0f;
   if (threadIdx.x == 0)
     p.scale[row] = usable ? __fdiv_rn(absmax, 127.0f) : finite ? 0.0f : __uint_as_float(0x7fffffffu);
-#pragma unroll
-  for (int i = 0; i < kHeld; i++) {
-    const int at = first_number<FORMAT>(i);
-    if (at >= p.stride) continue;
+  for_each_held<FORMAT>(p.stride, [&](int i, int at) {
     Bytes<kSize> q = {};
     if (at < p.width && usable) {
 #pragma unroll
@@ -52,7 +46,7 @@ KERNEL(quantize_rows, QuantizeRows, p, 1024) {
       }
     }
     store_bytes(p.q + row * p.stride + at, q);
-  }
+  });
 }
 
 struct DequantizeRows {

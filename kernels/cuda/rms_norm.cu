@@ -29,10 +29,7 @@ KERNEL(rms_norm_forward, RmsNormForward, p, 256) {
   if (row >= p.rows) return;  // a whole warp, and then a row is one warp: nobody waits for it
   Row held[kHeld];
   float squares = 0;
-#pragma unroll
-  for (int i = 0; i < kHeld; i++) {
-    const int at = first_number<FORMAT>(i);
-    if (at >= p.width) continue;
+  for_each_held<FORMAT>(p.width, [&](int i, int at) {
     held[i] = load_16(p.x + row * p.width + at);
     if (p.residual) {
       const Row other = load_16(p.residual + row * p.width + at);
@@ -43,14 +40,11 @@ KERNEL(rms_norm_forward, RmsNormForward, p, 256) {
     }
 #pragma unroll
     for (int e = 0; e < kSize; e++) squares += to_float(held[i].at[e]) * to_float(held[i].at[e]);
-  }
+  });
   const float mean = row_sum(squares, shared) / static_cast<float>(p.width);
   const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(mean + p.eps));
   if (threadIdx.x == 0) p.inverse[row] = inverse;
-#pragma unroll
-  for (int i = 0; i < kHeld; i++) {
-    const int at = first_number<FORMAT>(i);
-    if (at >= p.width) continue;
+  for_each_held<FORMAT>(p.width, [&](int i, int at) {
     float weight[kSize];
     load_floats(p.weight + at, weight);
     Row y;
@@ -58,7 +52,7 @@ KERNEL(rms_norm_forward, RmsNormForward, p, 256) {
     for (int e = 0; e < kSize; e++)
       y.at[e] = from_float<FORMAT>(to_float(held[i].at[e]) * inverse * weight[e]);
     store_16(p.y + row * p.width + at, y);
-  }
+  });
 }
 
 struct RmsNormBackward {
@@ -80,10 +74,7 @@ KERNEL(rms_norm_backward, RmsNormBackward, p, 256) {
     const float inverse = p.inverse[row];
     Row s[kHeld], dy[kHeld];
     float product = 0;
-#pragma unroll
-    for (int i = 0; i < kHeld; i++) {
-      const int at = first_number<FORMAT>(i);
-      if (at >= p.width) continue;
+    for_each_held<FORMAT>(p.width, [&](int i, int at) {
       s[i] = load_16(p.sum + row * p.width + at);
       dy[i] = load_16(p.dy + row * p.width + at);
       float weight[kSize];
@@ -94,12 +85,9 @@ KERNEL(rms_norm_backward, RmsNormBackward, p, 256) {
         dweight[i][e] += part;
         product += part * weight[e];
       }
-    }
+    });
     const float mean = row_sum(product, shared) / static_cast<float>(p.width);
-#pragma unroll
-    for (int i = 0; i < kHeld; i++) {
-      const int at = first_number<FORMAT>(i);
-      if (at >= p.width) continue;
+    for_each_held<FORMAT>(p.width, [&](int i, int at) {
       float weight[kSize];
       load_floats(p.weight + at, weight);
       Row other, dx;
@@ -111,12 +99,9 @@ KERNEL(rms_norm_backward, RmsNormBackward, p, 256) {
         dx.at[e] = from_float<FORMAT>(p.dsum ? d + to_float(other.at[e]) : d);
       }
       store_16(p.dx + row * p.width + at, dx);
-    }
+    });
   }
-#pragma unroll
-  for (int i = 0; i < kHeld; i++)
-    if (first_number<FORMAT>(i) < p.width)
-      store_floats(p.partial + slot * p.width + first_number<FORMAT>(i), dweight[i]);
+  for_each_held<FORMAT>(p.width, [&](int i, int at) { store_floats(p.partial + slot * p.width + at, dweight[i]); });
 }
 
 struct RmsNormWeight {

@@ -16,6 +16,16 @@ __device__ __forceinline__ int first_number(int i) {
   return (static_cast<int>(threadIdx.x) + i * static_cast<int>(blockDim.x)) * Vector<T>::kSize;
 }
 
+// Calls f(i, at) for each vector i of a row of `width` numbers that this thread holds; it begins with number `at`.
+template <class T, class F>
+__device__ __forceinline__ void for_each_held(int width, const F& f) {
+#pragma unroll
+  for (int i = 0; i < kHeld; i++) {
+    const int at = first_number<T>(i);
+    if (at < width) f(i, at);
+  }
+}
+
 // 4 or 8 fp32 numbers, by 16 bytes at a time.
 template <int kSize>
 __device__ __forceinline__ void load_floats(const float* p, float (&out)[kSize]) {

@@ -11,10 +11,7 @@
 #define __launch_bounds__(...)
 
 struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
 
 #define threadIdx (emu::self().index)
 #define blockIdx (emu::m.block_index)
@@ -105,16 +102,7 @@ T atomicAdd(T* p, T v) {
   *p = old + v;
   return old;
 }
-template <class T>
-T atomicMax(T* p, T v) {
-  const T old = *p;
-  *p = old > v ? old : v;
-  return old;
-}
 
-template <class T>
-T __ldg(const T* p) { return *p; }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline unsigned __float_as_uint(float x) {
   unsigned u;
   memcpy(&u, &x, 4);
@@ -136,9 +124,6 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned from) {
   for (int i = 0; i < 4; i++) out |= static_cast<unsigned>(bytes >> (from >> 4 * i & 7) * 8 & 255) << 8 * i;
   return out;
 }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class T>
 T min(T a, T b) { return b < a ? b : a; }
 template <class T>

@@ -3,6 +3,7 @@
 #pragma once
 #include "copies.h"
 #include "cuda_names.h"
+#include "scheduler.h"
 
 namespace tinyllm {
 
@@ -45,12 +46,14 @@ unsigned pack(float low, float high) {
   return from_float<T>(low).bits | unsigned{from_float<T>(high).bits} << 16;
 }
 
+template <class T>
+unsigned subtract_pairs(unsigned a, unsigned b) {
+  const auto low = [](unsigned x) { return to_float(T{static_cast<unsigned short>(x)}); };
+  return pack<T>(low(a) - low(b), low(a >> 16) - low(b >> 16));
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
-inline int dp4a(unsigned a, unsigned b, int c) {
-  for (int i = 0; i < 32; i += 8) c += static_cast<signed char>(a >> i) * static_cast<signed char>(b >> i);
-  return c;
-}
 
 inline uint4 load_bits(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) emu::fail("thread %d: load_16 from %p", emu::m.current, p);
@@ -60,6 +63,7 @@ inline void store_bits(void* p, uint4 bits) {
   if (reinterpret_cast<uintptr_t>(p) % 16) emu::fail("thread %d: store_16 to %p", emu::m.current, p);
   *static_cast<uint4*>(p) = bits;
 }
+inline uint4 load_once(const void* p) { return load_bits(p); }
 
 inline void cp_async_16(void* shared, const void* global, bool is_real) {
   emu::copy_start(shared, is_real ? global : nullptr, 16);

@@ -78,7 +78,8 @@ static bool land() {
       for (int d = 0; d < 4; d++) is_inside &= at[d] < map.sizes[d];
       unsigned short number = 0;
       if (is_inside)
-        memcpy(&number, map.data + 2 * at[0] + at[1] * map.strides[0] + at[2] * map.strides[1] + at[3] * map.strides[2], 2);
+        memcpy(&number,
+               map.data + 2 * at[0] + at[1] * map.strides[0] + at[2] * map.strides[1] + at[3] * map.strides[2], 2);
       memcpy(swizzled(window_address(box.to) + 128 * r + 2 * c), &number, 2);
     }
   box.barrier->bytes -= 128 * map.box_rows;

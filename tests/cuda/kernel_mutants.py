@@ -1,13 +1,8 @@
 """Faults for all kernels but attention's, as in `mutants`, by the tests that must notice them."""
 
-from mutants import Mutant
+from mutants import of
 
-
-def _of(file, *faults):
-    return [Mutant(fault, file, old, new) for fault, old, new in faults]
-
-
-ROWS = _of(
+ROWS = of(
     "rows.h",
     (
         "values are replaced too early",
@@ -21,7 +16,7 @@ ROWS = _of(
     ),
     ("one warp's value is lost", "lane < n_warps ?", "lane < n_warps - 1 ?"),
 )
-RMS_NORM = _of(
+RMS_NORM = of(
     "rms_norm.cu",
     ("no eps", "mean + p.eps", "mean"),
     ("no residual", "to_float(held[i].at[e]) + to_float(other.at[e])", "to_float(held[i].at[e])"),
@@ -39,7 +34,7 @@ RMS_NORM = _of(
         "const i64 slot = static_cast<i64>(blockIdx.x) * blockDim.y;",
     ),
 )
-QUANTIZE = _of(
+QUANTIZE = of(
     "quantize.cu",
     (
         "rounded towards zero",
@@ -47,19 +42,19 @@ QUANTIZE = _of(
         "static_cast<int>(__fmul_rn(to_float(held[i].at[e]), inverse))",
     ),
     ("128 steps", "__fdiv_rn(127.0f, absmax)", "__fdiv_rn(128.0f, absmax)"),
-    ("no padding", "if (at >= p.stride) continue;", "if (at >= p.width) continue;"),
+    ("no padding", "for_each_held<FORMAT>(p.stride,", "for_each_held<FORMAT>(p.width,"),
     ("tiny rows count", "finite && absmax >= kTinyAbsmax", "finite && absmax > 0"),
     ("NaN has scale 0", "finite ? 0.0f : __uint_as_float(0x7fffffffu)", "0.0f"),
     ("scale of the first row", "p.scale[first / p.width]", "p.scale[0]"),
-) + _of(
+) + of(
     "rows.h",
     ("signs count", "__float_as_uint(x) & 0x7fffffffu", "__float_as_uint(x)"),
 )
-W8A16 = _of(
+W8A16 = of(
     "int8_weight.h",
     ("no sign", "subtract_pairs<bf16>(a & 0xff7fff7fu, a & 0xff80ff80u)", "a & 0xff7fff7fu"),
     ("the same pair twice", "0x43434343u, 0x4342)", "0x43434343u, 0x4140)"),
-) + _of(
+) + of(
     "linear_w8a16.cu",
     (
         "sums are read too early",
@@ -81,7 +76,7 @@ W8A16 = _of(
         "16 * f + 8 * (i / 2) + g",
     ),
 )
-W8A8 = _of(
+W8A8 = of(
     "linear_w8a8.cu",
     ("no barrier", "    __syncthreads();  // this stage is there for all", "    // this stage"),
     ("no wait for copies", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
@@ -98,7 +93,7 @@ W8A8 = _of(
     ("scales in another order", "const float scale = p.scale[row];", "const float scale = 1;"),
     ("rows below change places", "below * 2 + i % 2", "(1 - below) * 2 + i % 2"),
 )
-DECODE = _of(
+DECODE = of(
     "decode_attention.cu",
     (
         "scores are read too early",
@@ -128,13 +123,13 @@ DECODE = _of(
     ("a wrong group of heads", "group * shared_by + tile", "group + tile"),
     ("no scale", "to_float(p.q[head * WIDTH + i]) * p.scale", "to_float(p.q[head * WIDTH + i])"),
 )
-DECODE_INT8 = _of(
+DECODE_INT8 = of(
     "decode_attention.cu",
     ("no scale of keys", "k_scale ? sums[i] * k_scale[keys.first + index] : sums[i]", "sums[i]"),
     ("no scale of values", "v_scale ? weight * v_scale[keys.first + i] : weight", "weight"),
     ("scales from the start", "v_scale[keys.first + i]", "v_scale[i]"),
 )
-POINTWISE = _of(
+POINTWISE = of(
     "pointwise.cu",
     ("turned the wrong way", "two * cos[e] + one * s", "two * cos[e] - one * s"),
     ("positions go on", "(token % p.table_rows)", "(token)"),
@@ -148,14 +143,14 @@ POINTWISE = _of(
         " up = load_16(p.up + row * p.stride + first);\n  Numbers y;",
     ),
 )
-CROSS_ENTROPY = _of(
+CROSS_ENTROPY = of(
     "cross_entropy.cu",
     ("the thread's own largest", "top = row_max(top, shared);", ""),
     ("the thread's own sum", "sum = row_sum(sum, shared);", ""),
     ("no target", "at + e == target ? share - 1.0f : share", "share"),
     ("rows that do not count", "target < 0 ? 0.0f : 1.0f / sum", "1.0f / sum"),
 )
-ADAMW = _of(
+ADAMW = of(
     "adamw8bit.cu",
     ("tables are read too early", "  __syncthreads();\n  const Tables&", "  const Tables&"),
     ("half way goes up", "(x > t.middle[kind][first] ? 1 : 0)", "(x >= t.middle[kind][first])"),

@@ -7,6 +7,8 @@ from attention_case import Case
 
 from tinyllm.ops import cuda_attention, reference
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 SEEDS = (0, 1, 2)
 CASES = [
     Case(2, 4, 2, 1, 32, 32),
@@ -35,14 +37,6 @@ MANY = [
     Case(1, 1, 1, 600, 32, 32, documents=True),
     Case(1, 2, 1, 190, 64, 64, size=30.0),
 ]
-
-
-@pytest.fixture(autouse=True)
-def nan_memory():
-    """Let torch fill all memory it hands out with NaN, so that a hole would show."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check(case):

@@ -5,9 +5,12 @@ import hopper_mutants
 import pytest
 import torch
 from attention_case import NAMES, Case
+from mutants import Mutant
 
 from tinyllm.errors import TinyllmError
 from tinyllm.ops import cuda, cuda_attention, cuda_driver, cuda_hopper
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 SEEDS = (0, 1, 2)
 CASES = [
@@ -32,11 +35,8 @@ MANY = [
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    """Memory that torch hands out is NaN, and the card is a Hopper."""
+    """Let the card be a Hopper."""
     monkeypatch.setattr(cuda_hopper, "is_hopper", lambda: True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check(case):
@@ -160,9 +160,7 @@ def noticed(mutant, cases):
 
 
 def test_no_fault_is_seen_where_there_is_none():
-    none = hopper_mutants.Mutant(
-        "none", hopper_mutants.FORWARD, "64 rows from", "sixty-four rows from"
-    )
+    none = Mutant("none", hopper_mutants.FORWARD, "64 rows from", "sixty-four rows from")
     assert noticed(none, FAULTY + WIDE) is None
 
 

@@ -6,18 +6,13 @@ import pytest
 import torch
 from attention_case import NAMES, Case
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 CASES = [  # several blocks of keys, some whole and some not, for documents and for a window
     Case(1, 4, 2, 140, 32, 32, documents=True),
     Case(1, 2, 1, 150, 32, 32, window=90),
 ]
 CASES[0].document_ids = (torch.arange(140) >= 100).long()[None]
-
-
-@pytest.fixture(autouse=True)
-def nan_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def noticed(mutant):

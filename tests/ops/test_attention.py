@@ -31,14 +31,6 @@ SHAPES = [
 isa = isa_fixture(*ARITHMETICS)
 
 
-@pytest.fixture
-def nan_memory():
-    """Let torch fill all memory it hands out with NaN, so that a hole would show."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def problem(shape, dtype, seed=0):
     """q, k, v and the gradient of the output, as a model lays them out; document ids or None."""
     b, h, g, t, k, e, documents, _ = shape

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from exact import rows, same
 from instruction_sets import isa_fixture
 
 from tinyllm.errors import TinyllmError
@@ -17,32 +18,8 @@ SHAPES += [(7, 123, 704), (13, 431, 17), (97, 33, 65), (200, 16, 64)]
 isa = isa_fixture(*cpu.ISAS)
 
 
-@pytest.fixture
-def nan_memory(monkeypatch):
-    """Give the native calls outputs full of NaN (0x7f in bytes), so that a hole would show."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan) if out.is_floating_point() else out.fill_(0x7F)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def rows(m, k, seed=0):
-    """Rows of very different sizes, as activations are."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(m, k, generator=generator)
-    return x * torch.randn(m, 1, generator=generator).mul(3).exp()
-
-
 def weights(n, k, seed=1):
     return reference.quantize_per_row(rows(n, k, seed))
-
-
-def same(a, b):
-    """Equal to the last bit; NaN equals NaN."""
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def numpy_quantize(x):
