@@ -119,7 +119,7 @@ def in_own_process(settings: dict[str, Any], *, steady: bool = True) -> dict[str
 def main() -> None:
     """Print the ladder, then one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="first and last rung, a quarter of the batch")
+    parser.add_argument("--quick", action="store_true", help="two rungs, a quarter of the batch")
     parser.add_argument("--save", action="store_true", help=f"write into {RESULTS.name}/")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
