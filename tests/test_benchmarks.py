@@ -24,6 +24,7 @@ QUICK = (
     "throughput",
     "time_to_loss",
     "transformers_equality",
+    "weight_bits",
 )
 LIMIT_S = 50
 
