@@ -24,7 +24,7 @@ from tinyllm.model.transformer import Transformer
 from tinyllm.ops.reference import hadamard
 from tinyllm.quantization.calibration import read_windows
 from tinyllm.quantization.int8 import quantize_model
-from tinyllm.quantization.layers import Int8Embedding, Int8Linear, RotatedInt8Linear
+from tinyllm.quantization.layers import QuantizedLinear, QuantizedMatrix
 from tinyllm.shards.reader import TokenShards
 from tinyllm.shards.stream import TokenStream
 
@@ -50,17 +50,16 @@ def with_dequantized_weights(model: Transformer, sample_BT: Tensor) -> Transform
     rounded = quantize_model(model, sample_BT=sample_BT)
     for parent in list(rounded.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, Int8Linear | Int8Embedding):
+            if isinstance(layer, QuantizedMatrix):
                 weight = layer.weight_q * layer.weight_scale[:, None]
-                if isinstance(layer, RotatedInt8Linear):
-                    weight = hadamard(weight)  # its own inverse
                 n, k = weight.shape
                 plain: nn.Module
-                if isinstance(layer, Int8Embedding):
-                    plain = nn.Embedding(n, k, _weight=weight)
-                else:
+                if isinstance(layer, QuantizedLinear):
                     plain = nn.Linear(k, n, bias=False)
-                    plain.weight = nn.Parameter(weight)
+                    exact = hadamard(weight) if layer.is_rotated else weight  # its own inverse
+                    plain.weight = nn.Parameter(exact)
+                else:
+                    plain = nn.Embedding(n, k, _weight=weight)
                 parent.add_module(name, plain)
     found = Transformer(model.config)
     found.load_state_dict(rounded.state_dict())

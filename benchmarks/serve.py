@@ -15,22 +15,16 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from serve_client import CLIENTS, body_of, call, latencies, n_equal, read_metrics, running_server
 
 from tinyllm.artifact import build_artifact
 from tinyllm.inference.batching import Engine, Request
@@ -46,30 +40,10 @@ from tinyllm.serving.server import model_name
 from tinyllm.tokenizer.chat import CHAT_TEMPLATE
 from tinyllm.tokenizer.train import TokenizerParams, train_bpe
 
-CLIENTS, SOAK_CLIENTS = 16, 32
+SOAK_CLIENTS = 32
 DISCONNECTED, MALFORMED = 0.10, 0.05
 SYSTEM_TOKENS = 256
 BAD_BODIES = (b"{", b"[]", b'{"model": 5}', b'{"temperature": NaN}', b"\xff\xfe", b"")
-
-
-@dataclass(slots=True)
-class Stream:
-    """What a client saw."""
-
-    status: int = 0
-    text: str = ""
-    asked_s: float = 0.0
-    token_s: list[float] = field(default_factory=list)
-
-    @property
-    def first_ms(self) -> float:
-        """From the call to the first token."""
-        return 1e3 * (self.token_s[0] - self.asked_s)
-
-    @property
-    def between_ms(self) -> list[float]:
-        """Between tokens."""
-        return [1e3 * (after - before) for before, after in pairwise(self.token_s)]
 
 
 def main() -> None:
@@ -124,73 +98,6 @@ def build_random(directory: Path) -> Path:
         (draft.path / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
         save_model(model, draft.path)
     return directory
-
-
-@contextmanager
-def running_server(
-    model_dir: Path, cache: Path, threads: int
-) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Run `tinyllm serve` on a free port."""
-    command = [sys.executable, "-m", "tinyllm.cli", "serve", str(model_dir), "--port", "0"]
-    settings = {"TINYLLM_THREADS": str(threads), "TINYLLM_DEVICE": "cpu"}
-    environment = {**os.environ, **settings, "TINYLLM_CACHE": str(cache)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if found := re.search(r"serving at http://\S+:(\d+)", line):
-                yield process, int(found[1])
-                return
-        raise SystemExit("the server did not start")
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-async def call(port: int, body: bytes, leave_after: int | None = None) -> Stream:
-    """Post a body and read the events; leave after some tokens if told so."""
-    stream = Stream(asked_s=time.perf_counter())
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    try:
-        writer.write(head.encode() + body)
-        stream.status = int((await reader.readline()).split()[1])
-        while line := await reader.readline():
-            if line.startswith(b'data: {"id"'):
-                choice = json.loads(line[6:])["choices"][0]
-                stream.text += choice["text"]
-                stream.token_s.append(time.perf_counter())
-                if leave_after is not None and len(stream.token_s) >= leave_after:
-                    break
-    finally:
-        writer.close()
-    return stream
-
-
-def body_of(name: str, prompt: list[int] | str, n_tokens: int, **more: int) -> bytes:
-    """Return a greedy streaming call."""
-    fields = {"model": name, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0}
-    return json.dumps({**fields, "stream": True, **more}).encode()
-
-
-def latencies(streams: list[Stream]) -> dict[str, float]:
-    """Return medians and 95th percentiles of the waits for and between tokens, in ms."""
-    first = sorted(stream.first_ms for stream in streams)
-    between = sorted(ms for stream in streams for ms in stream.between_ms)
-    return {
-        "first_token_ms_p50": round(statistics.median(first), 1),
-        "first_token_ms_p95": round(first[int(0.95 * len(first))], 1),
-        "between_tokens_ms_p50": round(statistics.median(between), 2),
-        "between_tokens_ms_p95": round(between[int(0.95 * len(between))], 2),
-    }
-
-
-def n_equal(alone: list[Stream], together: list[Stream]) -> int:
-    """Return how many answers are the same alone and in company."""
-    return sum(one.text == other.text for one, other in zip(alone, together, strict=True))
 
 
 def prompts(n: int, length: int, seed: int) -> list[list[int]]:
@@ -262,15 +169,6 @@ async def soak(port: int, name: str, n: int, server: psutil.Process) -> dict[str
         "soak_slots_left": int(gauges["tinyllm_running"] + gauges["tinyllm_waiting"]),
         "soak_memory_growth": round(memory[-1] / memory[len(memory) // 2] - 1, 4),
     }
-
-
-async def read_metrics(port: int) -> dict[str, float]:
-    """Return the server's metrics that are one number."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    text = (await reader.read()).decode()
-    writer.close()
-    return {name: float(x) for name, x in re.findall(r"^(tinyllm_\w+) (\S+)$", text, re.M)}
 
 
 def measure_prefix(session: Session, rounds: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from serve import CLIENTS, Stream, body_of, call, latencies, n_equal, running_server
+from serve_client import CLIENTS, Stream, body_of, call, latencies, n_equal, running_server
 
 from tinyllm.artifact import build_artifact
 from tinyllm.export.gguf import write_gguf

@@ -68,7 +68,7 @@ def make_drafts(session: Session, sampling: SamplingParams) -> dict[str, Callabl
         "lookup": LookupDraft,
         "layers": lambda: ModelDraft(half, sampling),
     }
-    if session.kind != "int8":
+    if not session.is_quantized:
         int8 = quantize_model(model)
         drafts["int8"] = lambda: ModelDraft(int8, sampling)
     return drafts

@@ -17,14 +17,14 @@ from engines import Engine, Ours, config_of
 from tinyllm.model.init import build_model
 from tinyllm.ops.cpu import bits_of, packed_bytes
 from tinyllm.quantization.int8 import quantize_model
-from tinyllm.quantization.layers import Int4Linear, Int8Linear
+from tinyllm.quantization.layers import QuantizedLinear
 
 BITS = (8, 4)
 
 
 def packed_size(model: torch.nn.Module) -> int:
     """Return the bytes of packed weights that a token reads."""
-    layers = [x for x in model.modules() if isinstance(x, Int4Linear | Int8Linear)]
+    layers = [x for x in model.modules() if isinstance(x, QuantizedLinear)]
     sizes = [(*x.weight_q.shape, bits_of(x.weight_q)) for x in layers]
     return sum(packed_bytes(n, columns * 8 // bits, bits) for n, columns, bits in sizes)
 

@@ -35,22 +35,22 @@ def quantize() -> None:
     seq_len = min(params.seq_len, model.config.max_seq_len)
     sample = read_windows(train.stream, params.calibration_tokens, seq_len)
 
-    def evaluate(candidate: Transformer) -> float:
+    def val_bpb(candidate: Transformer) -> float:
         sizes = {"seq_len": seq_len, "batch_tokens": BATCH_TOKENS}
         return evaluate_stream(candidate, val, **sizes, precision="fp32").val_bpb
 
-    kind = f"int{params.weight_bits}"
+    name = f"int{params.weight_bits}"
     inputs, copies = [source, paths.TOKENS], {name: source / name for name in COPIED}
     with build_artifact(
-        paths.INT8, kind=kind, made_from=inputs, config=params, copies=copies
+        paths.INT8, kind="int8", made_from=inputs, config=params, copies=copies
     ) as draft:
         quantized = quantize_model(model, sample_BT=sample, weight_bits=params.weight_bits)
-        before, after = evaluate(model), evaluate(quantized)
-        progress.say(f"val_bpb {before:.4f} before, {after:.4f} in {kind.upper()}")
-        check_gate(model, before, after, params, evaluate, sample)
+        before, after = val_bpb(model), val_bpb(quantized)
+        progress.say(f"val_bpb {before:.4f} before, {after:.4f} in {name.upper()}")
+        check_gate(model, before, after, params, val_bpb, sample)
         save_quantized_model(quantized, draft.path)
     bpb = {"val_bpb_before": before, "val_bpb": after, "val_bpb_increase_share": after / before - 1}
-    sizes = {**model_bytes(model), "int8_bytes": (paths.INT8 / WEIGHTS).stat().st_size}
+    sizes = {**model_bytes(model), f"{name}_bytes": (paths.INT8 / WEIGHTS).stat().st_size}
     first = read_windows(val.stream, seq_len, min(seq_len, val.n_tokens))
     layers = measure_outputs(model, quantized, first)
     write_metrics(paths.REPORTS, "quantize", {**bpb, **sizes, "layers": layers})

@@ -12,7 +12,7 @@ from tinyllm.evaluation.runners import TorchRunner
 from tinyllm.evaluation.speed import Subject
 from tinyllm.export.formats import ONNX_FLOAT, ONNX_INT8
 from tinyllm.export.runtime import OnnxModel
-from tinyllm.model.directory import WEIGHTS
+from tinyllm.model.directory import WEIGHTS, stored_as
 
 
 class OnnxRunner:
@@ -48,13 +48,16 @@ class OnnxRunner:
 
 
 def all_subjects(device: str, n_threads: int) -> dict[str, Subject]:
-    """Return the models to measure; `lora_bf16` is LoRA's with its weights rounded."""
+    """Return the models to measure; `lora_bf16` is LoRA's with its weights rounded.
+
+    The quantised model's row is `int8` or `int4`, by its weights.
+    """
     rows: list[tuple[str, Path, torch.dtype | None]] = [
         ("pretrain", paths.PRETRAIN, None),
         ("sft", paths.SFT, None),
         ("lora", paths.LORA_MERGED, None),
         ("lora_bf16", paths.LORA_MERGED, torch.bfloat16),
-        ("int8", paths.INT8, None),
+        (stored_as(paths.INT8), paths.INT8, None),
     ]
     subjects = {
         name: Subject(

@@ -184,13 +184,12 @@ def _open(directory: Path, cache: str | None) -> "Session":
 def _draft(kind: str, session: "Session", sampling: "SamplingParams") -> "Draft":
     """Return what guesses ahead, or refuse its name."""
     from tinyllm.inference.drafts import LookupDraft, ModelDraft, first_layers
-    from tinyllm.inference.session import QUANTIZED
     from tinyllm.quantization.int8 import quantize_model
 
     model = session.model
     if kind == "lookup":
         return LookupDraft()
-    if kind == "int8" and session.kind in QUANTIZED:
+    if kind == "int8" and session.is_quantized:
         raise ParamsError("--draft: the model is quantised already; take lookup or layers")
     if kind == "int8":
         return ModelDraft(quantize_model(model), sampling)

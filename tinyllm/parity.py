@@ -64,14 +64,14 @@ def verify_model(
         DataError: there is no text.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it looks up nothing
-    params, int8 = export_params(), _int8_of(model_dir)
+    params, quantized = export_params(), _quantized_of(model_dir)
     texts = _held_out(model_dir, text)
     if export_dir is not None:
         skipped = _require_export_of(model_dir, export_dir).info.get("skipped")
-        return prove_bundle(model_dir, export_dir, texts, params, progress, skipped, int8)
+        return prove_bundle(model_dir, export_dir, texts, params, progress, skipped, quantized)
     with TemporaryDirectory() as folder:
         write_bundle(model_dir, Path(folder), params, progress)
-        return prove_bundle(model_dir, Path(folder), texts, params, progress, int8=int8)
+        return prove_bundle(model_dir, Path(folder), texts, params, progress, quantized=quantized)
 
 
 def parity_table(proof: Proof, max_logit_diff: float) -> Table:
@@ -131,8 +131,8 @@ def _held_out(model_dir: Path, text: Path | None) -> list[str]:
     return held_out_texts()
 
 
-def _int8_of(model_dir: Path) -> Path | None:
-    """Return the pipeline's INT8 model if it was made from this one."""
+def _quantized_of(model_dir: Path) -> Path | None:
+    """Return the pipeline's quantised model if it was made from this one."""
     if not paths.INT8.exists():
         return None
     model = load_manifest(model_dir)

@@ -30,6 +30,11 @@ _SPEED = {
     "model_memory_bytes": "memory",
     "decode_spread_share": "spread",
 }
+_WEIGHTS = {
+    "int8": "Weights as 8-bit integers per output channel",
+    "int4": "Weights of the blocks as 4-bit integers per output channel and 32 inputs, those of"
+    " embedding and head as 8-bit ones per row",
+}
 
 
 def corpus(facts: Facts) -> Section:
@@ -133,19 +138,19 @@ def lora(facts: Facts) -> Section:
 
 
 def quantization(facts: Facts) -> Section:
-    """Tell what INT8 costs and saves."""
+    """Tell what fewer bits cost and save."""
     layers = facts.metric("quantize", "layers") or {}
     order = ["val_bpb_before", "val_bpb", "val_bpb_increase_share", "fp32_bytes", "bf16_bytes"]
-    blocks = figures(_without(facts, "quantize", "layers"), "quantize", [*order, "int8_bytes"])
+    order += [f"{facts.quantized}_bytes"]
+    blocks = figures(_without(facts, "quantize", "layers"), "quantize", order)
     rows = {name: row for name, row in layers.items() if isinstance(row, Mapping)}
     if rows:
         columns = {"sqnr_db": "signal to noise"}
         blocks.append(comparison(rows, columns, bars=["sqnr_db"]))
     return Section(
         "quantize",
-        "INT8",
-        "Weights as 8-bit integers per output channel, activations per token. 6 dB of signal to"
-        " noise are one bit.",
+        facts.quantized.upper(),
+        f"{_WEIGHTS[facts.quantized]}, activations per token. 6 dB of signal to noise are one bit.",
         blocks,
     )
 

@@ -63,6 +63,11 @@ class Facts:
     versions: Mapping[str, str]
     """Of the libraries that made the last artifact."""
 
+    @property
+    def quantized(self) -> str:
+        """What the quantised weights are, int8 or int4: rows and metrics are named after it."""
+        return "int4" if self.metric("quantize", "int4_bytes") else "int8"
+
     def metric(self, stage: str, *names: str) -> Any:
         """Return a metric by its path, None if the stage or the name is not there."""
         value: Any = self.metrics.get(stage)

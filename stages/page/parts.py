@@ -14,8 +14,8 @@ CUT = " …"
 """Ends one that was cut."""
 ROWS = (
     *("train", "val", "sft · train", "sft · val", "lora · train", "lora · val"),
-    *("pretrain", "sft", "lora", "lora_bf16", "int8"),
-    *("ours", "ours_int8", "transformers", "peft"),
+    *("pretrain", "sft", "lora", "lora_bf16", "int8", "int4"),
+    *("ours", "ours_int8", "ours_int4", "transformers", "peft"),
     *("onnx", "onnx_static", "onnx_static_fp16", "onnx_fp16", "onnx_int8", "onnx_qdq"),
     *("onnx_genai", "gguf_f32", "gguf_f16", "gguf_q8_0"),
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),

@@ -56,6 +56,8 @@ def _subtitle(facts: Facts) -> str:
 
 def _headline(facts: Facts) -> list[Figure | None]:
     """Return the few numbers that say how good, how small and how fast."""
+    stored = facts.quantized
+    bits = stored.upper()
     fp32 = show("", facts.metric("benchmark", "lora", "decode_tokens_per_s"))
     return [
         _figure(
@@ -65,15 +67,15 @@ def _headline(facts: Facts) -> list[Figure | None]:
         ),
         _change(facts, "sft", "val_bpb_before", "bits per byte of answers", "fine-tuning"),
         _change(facts, "lora", "val_bpb_before", "bits per byte of new answers", "LoRA"),
-        _change(facts, "quantize", "val_bpb_before", "bits per byte in INT8", "quantisation"),
+        _change(facts, "quantize", "val_bpb_before", f"bits per byte in {bits}", "quantisation"),
         _figure(
-            "size in INT8",
-            show("int8_bytes", facts.metric("quantize", "int8_bytes")),
+            f"size in {bits}",
+            show("bytes", facts.metric("quantize", f"{stored}_bytes")),
             f"fp32: {show('fp32_bytes', facts.metric('quantize', 'fp32_bytes'))}",
         ),
         _figure(
-            "tokens per second in INT8",
-            show("", facts.metric("benchmark", "int8", "decode_tokens_per_s")),
+            f"tokens per second in {bits}",
+            show("", facts.metric("benchmark", stored, "decode_tokens_per_s")),
             f"fp32: {fp32}; {facts.hardware.get('processor', '')}",
         ),
     ]

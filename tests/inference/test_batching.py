@@ -46,12 +46,12 @@ def answer(request: Request) -> list[int]:
     return request.ids[len(request.prompt_ids) :]
 
 
-@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("weight_bits", [32, 8, 4])
 @pytest.mark.parametrize("cache", [None, torch.int8])
 @pytest.mark.parametrize("shared", [0, 12])
-def test_together_equals_one_by_one(kind, cache, shared):
+def test_together_equals_one_by_one(weight_bits, cache, shared):
     model = tiny_model(d=64, n_heads=2, n_kv_heads=1, d_head=32)
-    model = quantize_model(model) if kind == "int8" else model
+    model = model if weight_bits == 32 else quantize_model(model, weight_bits=weight_bits)
     model.cache_dtype = cache
     asked = prompts(14, shared=shared)
     requests = [Request(prompt_ids=ids, sampling=GREEDY) for ids in asked]

@@ -16,12 +16,7 @@ from tinyllm.quantization.calibration import round_groups_to_inputs
 from tinyllm.quantization.directory import save_quantized_model
 from tinyllm.quantization.gate import QuantizeParams, check_gate
 from tinyllm.quantization.int8 import quantize_model
-from tinyllm.quantization.layers import (
-    Int4Linear,
-    Int8Embedding,
-    Int8Linear,
-    RotatedInt4Linear,
-)
+from tinyllm.quantization.layers import Int8Embedding, QuantizedLinear
 from tinyllm.quantization.load import load_any_model
 from tinyllm.quantization.measure import measure_outputs
 from tinyllm.quantization.transformer import NOT_HERE
@@ -34,8 +29,8 @@ def model(request):
     return tiny_model(tie_embeddings=request.param)
 
 
-def save(model, directory, writer=save_quantized_model, kind="int4"):
-    with build_artifact(directory, kind=kind, made_from=[]) as draft:
+def save(model, directory, writer=save_quantized_model):
+    with build_artifact(directory, kind="int8", made_from=[]) as draft:
         writer(model, draft.path)
 
 
@@ -49,12 +44,13 @@ def cached_logits(model, ids, dtype=torch.float32):
 
 def test_blocks_have_four_bits_and_embedding_and_head_eight(model):
     quantized = quantize_model(model, weight_bits=4)
-    kinds = {name.rpartition(".")[2]: type(each) for name, each in quantized.named_modules()}
-    assert kinds.pop("embed_tokens") is Int8Embedding
-    assert kinds.pop("lm_head") is Int8Linear
-    assert all(
-        issubclass(kind, Int4Linear) for name, kind in kinds.items() if name.endswith("_proj")
-    )
+    layers = {name.rpartition(".")[2]: each for name, each in quantized.named_modules()}
+    assert type(layers["embed_tokens"]) is Int8Embedding
+    assert layers["lm_head"].bits == 8
+    assert {each.bits for name, each in layers.items() if name.endswith("_proj")} == {4}
+    assert [name for name, each in layers.items() if getattr(each, "is_rotated", False)] == [
+        "down_proj"
+    ]
     exact, rounded = model.layers[0].mlp.up_proj, quantized.layers[0].mlp.up_proj
     found = dequantize_groups(rounded.weight_q, rounded.weight_scale)
     assert 0.02 < (found - exact.weight).norm() / exact.weight.norm() < 0.2
@@ -80,7 +76,7 @@ def test_saved_and_loaded_gives_the_same_logits(model, tmp_path):
     quantized = quantize_model(model, weight_bits=4)
     save(quantized, tmp_path / "a")
     save(quantize_model(model, weight_bits=4), tmp_path / "b")
-    save(quantize_model(model), tmp_path / "int8", kind="int8")
+    save(quantize_model(model), tmp_path / "int8")
     assert load_config(tmp_path / "a")[1] == "int4-rotated"
     with torch.inference_mode():
         assert torch.equal(load_any_model(tmp_path / "a")(IDS), quantized(IDS))
@@ -148,12 +144,12 @@ def test_the_gate_measures_each_kind_in_four_bits_and_tells_the_way_back(model):
     seen = []
 
     def evaluate(candidate):
-        seen.append({type(layer) for layer in candidate.modules()})
+        layers = [each for each in candidate.modules() if isinstance(each, QuantizedLinear)]
+        seen.append({layer.bits for layer in layers})
         return 2.0
 
     knobs = {"max_bpb_increase_share": 0.005, "seq_len": 8, "calibration_tokens": 0}
     params = QuantizeParams(weight_bits=4, **knobs)
     with pytest.raises(GateError, match=r"set quantize\.weight_bits: 8$"):
         check_gate(model, 2.0, 2.3, params, evaluate)
-    in_four_bits = [kinds & {Int4Linear, RotatedInt4Linear} for kinds in seen]
-    assert sum(map(bool, in_four_bits)) == len(seen) - 2
+    assert sum(4 in bits for bits in seen) == len(seen) - 2

@@ -12,7 +12,7 @@ from tinyllm.ops.reference import bind_linear_w8a8, hadamard
 from tinyllm.quantization.directory import save_quantized_model
 from tinyllm.quantization.gate import QuantizeParams, check_gate, rank_kinds
 from tinyllm.quantization.int8 import KINDS, kinds_of, quantize_model
-from tinyllm.quantization.layers import Int8Embedding, Int8Linear
+from tinyllm.quantization.layers import Int8Embedding, QuantizedMatrix
 from tinyllm.quantization.load import load_any_model
 from tinyllm.quantization.measure import EXACT_DB, measure_outputs, model_bytes, sqnr_db
 
@@ -35,7 +35,7 @@ def test_every_matrix_becomes_int8_and_the_model_stays(model):
     layers = dict(quantized.named_modules())
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
-            assert isinstance(layers[name], Int8Linear | Int8Embedding)
+            assert isinstance(layers[name], QuantizedMatrix)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -155,7 +155,7 @@ def quantized_kinds(model):
     return {
         name.rpartition(".")[2]
         for name, layer in model.named_modules()
-        if isinstance(layer, Int8Linear | Int8Embedding)
+        if isinstance(layer, QuantizedMatrix)
     }
 
 

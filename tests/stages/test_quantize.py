@@ -90,7 +90,7 @@ def test_four_bits_by_one_knob(pipeline):
     text = LIMIT.format(0.5).replace("weight_bits: 8", "weight_bits: 4")
     paths.PARAMS.write_text(text)
     quantize()
-    manifest = load_manifest(paths.INT8, "int4")
+    manifest = load_manifest(paths.INT8, "int8")
     assert manifest.config["weight_bits"] == 4
     assert load_config(paths.INT8)[1] == "int4-rotated"
     metrics = json.loads(Path("reports/quantize/metrics.json").read_text())["quantize"]

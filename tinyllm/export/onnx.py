@@ -191,6 +191,14 @@ class _WithCache(nn.Module):
         position_ids: Tensor,
         past: Sequence[LayerPast],
     ) -> tuple[Tensor, list[LayerPast]]:
+        """Return the logits (B, T, V), and the keys and values (B, G, P + T, K) of each layer.
+
+        Args:
+            input_ids: (B, T), int64.
+            attention_mask: (B, P + T), int64; 0 hides a position.
+            position_ids: (B, T), int64.
+            past: keys and values (B, G, P, K) of each layer.
+        """
         n_past, T = past[0][0].shape[2], input_ids.shape[1]
         causal_TS = torch.arange(attention_mask.shape[1]) <= (n_past + torch.arange(T))[:, None]
         mask_B1TS = causal_TS & (attention_mask > 0)[:, None, None, :]

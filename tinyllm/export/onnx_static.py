@@ -158,6 +158,13 @@ class _Static(nn.Module):
     def forward(
         self, input_ids: Tensor, position: Tensor, past: Sequence[LayerPast]
     ) -> tuple[Tensor, list[LayerPast]]:
+        """Return the logits (1, T, V), and each layer's new keys and values, or all slots.
+
+        Args:
+            input_ids: (1, T), int32.
+            position: (1,), int32: where the first of them stands.
+            past: keys and values (1, G, S, K) of each layer.
+        """
         model, config = self.model, self.model.config
         positions_T = position + torch.arange(self.n_new, dtype=torch.int32)
         # `rope_cos[positions_T]` would become a GatherND

@@ -25,7 +25,9 @@ from tinyllm.export.verify import (
     cut_prompts,
 )
 from tinyllm.model.directory import load_model
+from tinyllm.model.transformer import Transformer
 from tinyllm.progress import Progress
+from tinyllm.quantization.directory import weight_bits
 from tinyllm.quantization.int8 import quantize_model
 from tinyllm.quantization.load import load_any_model
 from tinyllm.tokenizer.chat import ChatTemplate, Message
@@ -93,7 +95,7 @@ def prove_bundle(
     params: ExportParams,
     progress: Progress,
     skipped: Mapping[str, str] | None = None,
-    int8: Path | None = None,
+    quantized: Path | None = None,
 ) -> Proof:
     """Run every format beside our own model.
 
@@ -104,7 +106,8 @@ def prove_bundle(
         params: how much to compare.
         progress: told what is compared.
         skipped: formats that `write_bundle` could not write, with the reason.
-        int8: the directory of our INT8 model; None: the model is quantised here, without a sample.
+        quantized: our quantised model's directory; None: it is made here, in INT8 and without a
+            sample.
     """
     model, tokenizer = load_model(source), Tokenizer.load(source)
     template = ChatTemplate.load(source)
@@ -116,17 +119,12 @@ def prove_bundle(
     )
     chats = _chats([tokenizer.decode(prompt) for prompt in prompts])
     greeting, _ = template.encode(chats[0], tokenizer, add_generation_prompt=True)
-    rows: dict[str, Row] = {}
     missing = dict(skipped or {})
     text = None
     with _one_thread():
         references = build_references(model, [*prompts, greeting[:longest]], params.greedy_tokens)
-        rows["ours"] = _our_row(references, OurModel(model), exact=True)
-        try:
-            ours_int8 = quantize_model(model) if int8 is None else load_any_model(int8)
-            rows["ours_int8"] = _our_row(references, OurModel(ours_int8), exact=False)
-        except DataError as error:
-            missing["ours_int8"] = f"not supported: {error}"
+        rows, unsupported = _our_rows(model, quantized, references)
+        missing |= unsupported
         for kind in FORMATS:
             path = directory / kind.file
             if reason := kind.refuses(model.config):
@@ -148,6 +146,19 @@ def prove_bundle(
                     unequal_texts=unequal,
                 )
     return Proof(rows=rows, missing=missing, text=text)
+
+
+def _our_rows(
+    model: Transformer, quantized: Path | None, references: Sequence[Reference]
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """Return the rows of our model and of the quantised one, or why that is missing."""
+    rows = {"ours": _our_row(references, OurModel(model), exact=True)}
+    try:
+        rounded = quantize_model(model) if quantized is None else load_any_model(quantized)
+    except DataError as error:
+        return rows, {"ours_int8": f"not supported: {error}"}
+    name = f"ours_int{weight_bits(rounded)}"
+    return {**rows, name: _our_row(references, OurModel(rounded), exact=False)}, {}
 
 
 def _our_row(references: Sequence[Reference], ours: OurModel, *, exact: bool) -> Row:

@@ -13,7 +13,7 @@ from tinyllm.inference.drafts import Draft
 from tinyllm.inference.generate import generate
 from tinyllm.inference.sampling import SamplingParams
 from tinyllm.inference.speculative import speculate
-from tinyllm.model.directory import CONFIG, TOKENIZER
+from tinyllm.model.directory import CONFIG, TOKENIZER, stored_as
 from tinyllm.model.init import count_parameters
 from tinyllm.model.transformer import Transformer
 from tinyllm.tokenizer.chat import ChatTemplate
@@ -21,8 +21,6 @@ from tinyllm.tokenizer.special import END_OF_TEXT
 from tinyllm.tokenizer.tokenizer import Tokenizer
 
 MERGED = "merged"
-QUANTIZED = ("int8", "int4")
-"""Kinds of artifacts whose weights are no parameters any more."""
 N_DRAFT = 4
 """Guesses per pass of the model."""
 
@@ -35,15 +33,23 @@ class Session:
     tokenizer: Tokenizer
     template: ChatTemplate
     kind: str
-    """The artifact's kind: pretrain, sft, lora, int8, int4."""
+    """The artifact's kind: pretrain, sft, lora, int8."""
+    stored_as: str
+    """What its weights are: float, int8, int4."""
     directory: Path
 
     @property
     def description(self) -> str:
         """What it is, in a few words."""
-        n_parameters = count_parameters(self.model)
-        size = f", {n_parameters / 1e6:.1f} M parameters" if self.kind not in QUANTIZED else ""
-        return f"{self.directory}: {self.kind}{size}, context {self.model.config.max_seq_len}"
+        what = self.stored_as
+        if not self.is_quantized:  # whose numbers are no parameters any more
+            what = f"{self.kind}, {count_parameters(self.model) / 1e6:.1f} M parameters"
+        return f"{self.directory}: {what}, context {self.model.config.max_seq_len}"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its weights are stored in INT8 or 4 bits."""
+        return self.stored_as != "float"
 
     def continue_text(
         self, prompt: str, sampling: SamplingParams, draft: Draft | None = None
@@ -101,5 +107,6 @@ def open_session(
         tokenizer=tokenizer,
         template=ChatTemplate.load(directory),
         kind=load_manifest(directory).kind,
+        stored_as=stored_as(directory),
         directory=directory,
     )

@@ -72,6 +72,15 @@ def load_config(directory: Path) -> tuple[ModelConfig, str]:
         raise ArtifactError(f"{path}: damaged: {error}") from None
 
 
+def stored_as(directory: Path) -> str:
+    """Return what the weights of a model directory are, in a word: float, int8 or int4.
+
+    Raises:
+        ArtifactError: as `load_config`.
+    """
+    return load_config(directory)[1].partition("-")[0]
+
+
 def _left_out() -> dict[str, Any]:
     """Return the values that `ModelConfig.to_json` leaves out."""
     return {

@@ -57,6 +57,7 @@ def _share_slowed(d_head: int, base: float, scaling: RopeScaling) -> Tensor:
     assert scaling.original_len is not None  # resolved
 
     def pair_with(turns: float) -> float:
+        """Return the index of the pair that makes so many turns within the trained context."""
         wavelength = scaling.original_len / (turns * 2 * math.pi)  # type: ignore[operator]
         return d_head * math.log(wavelength) / (2 * math.log(base))
 

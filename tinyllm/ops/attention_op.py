@@ -21,6 +21,8 @@ Backward = Callable[
     tuple[Tensor, Tensor, Tensor],
 ]
 """(d_o, q, k, v, o, lse, document_ids, window, scale) to the gradients of q, k and v."""
+MAX_WIDTH = 128
+"""Of a head, in numbers; a multiple of 16."""
 _OPTIONS = "Tensor? document_ids, int window, float scale"
 _SCHEMA = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)"
 _BACKWARD_SCHEMA = (
@@ -45,7 +47,15 @@ def heads_of(x: Tensor) -> Heads:
     return Heads(x.data_ptr(), *x.stride()[:3])
 
 
-def check_fit(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTE: Tensor) -> None:
+def refuses_widths(width: int, value_width: int) -> str | None:
+    """Return why the native kernels cannot serve heads so wide, None if they can."""
+    for name, n in (("heads", width), ("values", value_width)):
+        if n % 16 or not 0 < n <= MAX_WIDTH:
+            return f"{name} have {n} numbers, not a multiple of 16 up to {MAX_WIDTH}"
+    return None
+
+
+def check_fit(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTE: Tensor, document_ids: Tensor | None) -> None:
     """Refuse what the native kernels would read wrongly.
 
     Raises:
@@ -59,6 +69,8 @@ def check_fit(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTE: Tensor) -> None:
     if not q_BHTK.dtype == k_BGTK.dtype == v_BGTE.dtype:
         dtypes = f"{q_BHTK.dtype}, {k_BGTK.dtype}, {v_BGTE.dtype}"
         raise ValueError(f"one number format is needed, got {dtypes}")
+    if document_ids is not None and document_ids.shape != (b, t):
+        raise ValueError(f"document_ids must be {(b, t)}, not {tuple(document_ids.shape)}")
 
 
 def as_operator(
@@ -91,6 +103,7 @@ def as_operator(
     gradient.register_fake(_backward_fake)
 
     def run_backward(ctx: Any, d_o: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+        """Return a gradient for each argument of the operator."""
         q, k, v, o, lse, document_ids = ctx.saved_tensors
         return (*gradient(d_o, q, k, v, o, lse, document_ids, *ctx.options), None, None, None)
 
@@ -102,6 +115,7 @@ def without_lse(operator: Any) -> Callable[..., Tensor]:
     """Return a function like `reference.attention` that an operator of `as_operator` computes."""
 
     def attention(*arguments: Any) -> Tensor:
+        """Return the output alone, (B, H, T, E)."""
         y: Tensor = operator(*arguments)[0]
         return y
 

@@ -105,6 +105,7 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
     n, k = weight_q.shape
 
     def linear(x: Tensor) -> Tensor:
+        """Return (..., N) in x's dtype of x (..., K)."""
         rows = (x if x.dtype in FORMATS else x.float()).reshape(-1, k)
         y: Tensor = linear_int8(rows, weight.packed, weight.scale, n, k)
         return y.view(*x.shape[:-1], n).to(x.dtype)

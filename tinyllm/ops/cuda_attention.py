@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyllm.ops.attention_op import Heads, check_fit, empty_heads, heads_of
+from tinyllm.ops.attention_op import Heads, check_fit, empty_heads, heads_of, refuses_widths
 from tinyllm.ops.launch import Launch
 
 FORMATS = {torch.bfloat16: "bf16", torch.float16: "half"}
-MIN_WIDTH, MAX_WIDTH = 16, 128
-"""Widths are multiples of 16 between these."""
 WARPS, LANES, RANGE, PADDING = 4, 32, 32, 384
 """Warps of a block, threads of a warp; positions of an entry of `Documents.ranges`; T's padding,
 whole blocks of rows and of columns in every kernel."""
@@ -59,10 +57,7 @@ def refuses(dtype: torch.dtype, width: int, value_width: int) -> str | None:
     """Return why the kernels cannot serve such heads, None if they can."""
     if dtype not in FORMATS:
         return f"it knows bf16 and fp16, not {dtype}"
-    for name, n in (("heads", width), ("values", value_width)):
-        if n % 16 or not MIN_WIDTH <= n <= MAX_WIDTH:
-            return f"{name} have {n} numbers, not a multiple of 16 up to {MAX_WIDTH}"
-    return None
+    return refuses_widths(width, value_width)
 
 
 def forward(
@@ -74,11 +69,16 @@ def forward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `attention_op.as_operator` tells; bf16 or fp16, accumulated in fp32."""
+    """Return what `attention_op.as_operator` tells; bf16 or fp16, accumulated in fp32.
+
+    Raises:
+        ValueError: as `check_fit`.
+    """
+    check_fit(q_BHTK, k_BGTK, v_BGTE, document_ids)
     q, k, v = (_aligned(x) for x in (q_BHTK, k_BGTK, v_BGTE))
     o = empty_heads(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    documents = _documents(document_ids, q)
+    documents = _documents(document_ids)
     problem = _problem(q, k, v, o, lse, documents, window, scale)
     run(_launch("attention_forward", q, v, problem, q))
     return o, lse
@@ -96,14 +96,19 @@ def backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v: the same bits in every run."""
+    """Return the gradients of q, k and v: the same bits in every run.
+
+    Raises:
+        ValueError: as `check_fit`.
+    """
+    check_fit(q_BHTK, k_BGTK, v_BGTE, document_ids)
     d_o, q, k, v, o = (_aligned(x) for x in (d_o, q_BHTK, k_BGTK, v_BGTE, o_BHTE))
     d_q, d_k, d_v = (empty_heads(x, x.shape[-1]) for x in (q, k, v))
     lse, delta = (
         lse_BHT.contiguous(),
         torch.empty_like(lse_BHT, memory_format=torch.contiguous_format),
     )
-    documents = _documents(document_ids, q)
+    documents = _documents(document_ids)
     problem = _problem(q, k, v, o, lse, documents, window, scale)
     problem.d_o, problem.delta = heads_of(d_o), delta.data_ptr()
     problem.d_q, problem.d_k, problem.d_v = (heads_of(x) for x in (d_q, d_k, d_v))
@@ -167,17 +172,11 @@ def _launch(entry: str, q: Tensor, v: Tensor, problem: _Attention, owner: Tensor
     )
 
 
-def _documents(document_ids: Tensor | None, q: Tensor) -> Documents | None:
-    """Return (B, T) integers as the kernels read them.
-
-    Raises:
-        ValueError: they do not fit the queries.
-    """
+def _documents(document_ids: Tensor | None) -> Documents | None:
+    """Return (B, T) integers as the kernels read them."""
     if document_ids is None:
         return None
-    b, _, t, _ = q.shape
-    if document_ids.shape != (b, t):
-        raise ValueError(f"document_ids must be {(b, t)}, not {tuple(document_ids.shape)}")
+    b, t = document_ids.shape
     ids = document_ids.to(torch.int32)
     ids = torch.cat((ids, ids[:, -1:].expand(b, -t % PADDING)), 1).contiguous()
     blocks = ids.view(b, -1, RANGE)
@@ -202,10 +201,8 @@ def _problem(
 ) -> _Attention:
     """Return the description of a problem; it holds bare addresses, the caller keeps the tensors.
 
-    Raises:
-        ValueError: the shapes or formats do not fit together.
+    They fit together (`check_fit`).
     """
-    check_fit(q, k, v)
     return _Attention(
         *(heads_of(x) for x in (q, k, v, o)),
         *(Heads() for _ in range(4)),

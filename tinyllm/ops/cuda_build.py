@@ -103,6 +103,7 @@ def cubin(source: str, defines: Sequence[str], architecture: str) -> Path:
     target = cache_directory() / name
 
     def make(target: Path) -> None:
+        """Compile; the file appears whole or not at all."""
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         code = chosen.compile(SOURCES / source, told, compiled_for(source, architecture)).cubin
         temporary.write_bytes(code)
@@ -128,6 +129,7 @@ def nvrtc() -> Compiler:
         raise BuildError("no NVRTC (pip install 'tinyllm-workshop[cuda]')") from None
 
     def compile_(source: Path, told: Sequence[str], architecture: str) -> Compiled:
+        """Do what `Compiler.compile` tells."""
         include = [f"-I{folder}" for folder in (source.parent, headers) if folder]
         wanted = [f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
         return _run_nvrtc(library, source, [*told, *include, *wanted])
@@ -147,6 +149,7 @@ def nvcc() -> Compiler:
     version = run_command([path, "--version"]).partition("release ")[2].partition(",")[0]
 
     def compile_(source: Path, told: Sequence[str], architecture: str) -> Compiled:
+        """Do what `Compiler.compile` tells."""
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.cubin"
             command = [path, "-cubin", f"-arch={architecture}", "--resource-usage"]
@@ -160,12 +163,14 @@ def _run_nvrtc(library: Any, source: Path, told: Sequence[str]) -> Compiled:
     """Compile in this process; `library` is the module cuda.bindings.nvrtc."""
 
     def ask(name: str, *arguments: Any) -> Any:
+        """Call the library; return what it returns behind its status."""
         result, *values = getattr(library, name)(*arguments)
         if int(result):
             raise BuildError(f"{name}: {library.nvrtcGetErrorString(result)[1].decode()}")
         return values[0] if values else None
 
     def read(name: str, *, n_bytes: int) -> bytes:
+        """Return what the library writes into memory of that size."""
         memory = b" " * n_bytes  # NVRTC writes into it
         ask(name, program, memory)
         return memory

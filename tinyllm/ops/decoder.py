@@ -229,6 +229,7 @@ def _gate_up(weights: LayerWeights) -> Weight:
     n_padded = -weights.gate[0].shape[0] % GATES
 
     def in_turns(*parts: Tensor) -> Tensor:
+        """Return `GATES` rows of each part in turn."""
         padded = [torch.cat((x, x.new_zeros(n_padded, *x.shape[1:]))) for x in parts]
         turns = [x.view(-1, GATES, *x.shape[1:]) for x in padded]
         return torch.stack(turns, dim=1).flatten(0, 2)

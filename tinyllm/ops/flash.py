@@ -17,12 +17,11 @@ from tinyllm.ops.attention_op import (
     check_fit,
     empty_heads,
     heads_of,
+    refuses_widths,
     without_lse,
 )
 
 FORMATS = (torch.float32, torch.bfloat16)
-MAX_WIDTH = 128
-"""Widths are multiples of 16 up to this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,10 +57,7 @@ def refuses(sizes: AttentionSizes) -> str | None:
     """Return why the kernel cannot serve such tensors, None if it can; builds the library."""
     if sizes.dtype not in FORMATS:
         return f"it knows fp32 and bf16, not {sizes.dtype}"
-    for name, width in (("heads", sizes.width), ("values", sizes.value_width)):
-        if width % 16 or not 0 < width <= MAX_WIDTH:
-            return f"{name} have {width} numbers, not a multiple of 16 up to {MAX_WIDTH}"
-    if reason := cpu.refuses(sizes.device):
+    if reason := refuses_widths(sizes.width, sizes.value_width) or cpu.refuses(sizes.device):
         return reason
     return "it needs AVX2" if cpu.best_isa() == 0 else None
 
@@ -141,10 +137,8 @@ def _problem(
     Raises:
         ValueError: the tensors do not fit together.
     """
-    check_fit(q, k, v)
+    check_fit(q, k, v, document_ids)
     b, h, t, width = q.shape
-    if document_ids is not None and document_ids.shape != (b, t):
-        raise ValueError(f"document_ids must be {(b, t)}, not {tuple(document_ids.shape)}")
     return _Attention(
         *(heads_of(x) for x in (q, k, v, o)),
         *(Heads() for _ in range(4)),

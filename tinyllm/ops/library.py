@@ -29,6 +29,7 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
     n, k = weight_q.shape
 
     def linear(x: Tensor) -> Tensor:
+        """Return (..., N) in x's dtype of x (..., K)."""
         q, scale = quantize_per_row(x.reshape(-1, k))
         m = q.shape[0]
         if x.is_cuda and m < CUDA_MIN_ROWS:

@@ -77,6 +77,7 @@ def bind_linear_w8a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
     weight_KN = weight_q.double().T
 
     def linear(x: Tensor) -> Tensor:
+        """Return (..., N) in x's dtype of x (..., K)."""
         q, scale = quantize_per_row(x)
         sums = (q.double() @ weight_KN).to(torch.int32)
         return (sums.float() * scale[..., None] * weight_scale).to(x.dtype)
@@ -98,6 +99,7 @@ def bind_linear_w4a8(weight_q: Tensor, weight_scale: Tensor) -> Callable[[Tensor
     scales_GN = weight_scale.float().T
 
     def linear(x: Tensor) -> Tensor:
+        """Return (..., N) in x's dtype of x (..., K)."""
         q, scale = quantize_per_row(x)
         y = torch.zeros(*x.shape[:-1], weight_q.shape[0], device=x.device)
         parts = torch.split(q.float(), GROUP, dim=-1)

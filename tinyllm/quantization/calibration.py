@@ -42,11 +42,14 @@ def input_products(
     products: dict[str, Tensor] = {}
 
     def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Add up what a layer gets; the handle ends it."""
+
+        def add(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            """Add the product of one pass."""
             x = inputs[0].float().flatten(0, -2)
             products[name] = products[name].addmm_(x.T, x) if name in products else x.T @ x
 
-        return layer.register_forward_pre_hook(hook)
+        return layer.register_forward_pre_hook(add)
 
     handles = [watch(name, layer) for name, layer in layers.items()]
     try:
@@ -99,6 +102,7 @@ def _compensate(
         errors = torch.zeros_like(left[start : start + BLOCK])
         end = start + len(errors)
         for i in range(start, end):
+            # weights that are no numbers count as zero, as in `quantize_per_row`
             rounded[i] = (left[i] * steps[i]).round().clamp(*limits).nan_to_num(0.0)
             errors[i - start] = (left[i] - rounded[i] * scale[i]) / upper[i, i]
             left[i:end] -= upper[i, i:end, None] * errors[i - start]

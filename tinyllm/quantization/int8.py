@@ -17,21 +17,15 @@ from tinyllm.quantization.calibration import (
     round_groups_to_inputs,
     round_to_inputs,
 )
-from tinyllm.quantization.layers import (
-    Int4Linear,
-    Int8Embedding,
-    Int8Linear,
-    RotatedInt4Linear,
-    RotatedInt8Linear,
-)
-from tinyllm.quantization.transformer import Int8Transformer
+from tinyllm.quantization.layers import Int8Embedding, QuantizedLinear, QuantizedMatrix
+from tinyllm.quantization.transformer import QuantizedTransformer
 
 KINDS = (
     *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"),
     *("gate_proj", "up_proj", "down_proj", "lm_head"),
 )
-"""The layers that have weights worth a byte each, by the last part of their name.
+"""The layers whose weights are quantised, by the last part of their name.
 
 Latent attention's kv_b_proj is not among them: decoding absorbs it into queries and outputs.
 """
@@ -49,7 +43,7 @@ def quantize_model(
     sample_BT: Tensor | None = None,
     weight_bits: int = 8,
 ) -> Transformer:
-    """Return a copy of a model with its matrices in INT8; the model itself stays as it is.
+    """Return a copy of a model with its matrices in INT8 or 4 bits; the model stays as it is.
 
     A tied matrix is stored once and serves the embedding and the head, if both are quantised.
 
@@ -61,11 +55,11 @@ def quantize_model(
         weight_bits: 8, or 4 for all but `ALWAYS_INT8`.
 
     Raises:
-        DataError: its linear layers have a bias, which INT8 layers lack, or, for 4 bits, an odd
+        DataError: its linear layers have a bias, which quantised ones lack, or, for 4 bits, an odd
             number of inputs.
     """
     if model.config.bias:
-        raise DataError("quantize: INT8 layers have no bias; train with model.bias: false")
+        raise DataError("quantize: quantised layers have no bias; train with model.bias: false")
     if weight_bits == 4:
         _check_inputs(model)
     quantized = copy.deepcopy(model).eval().requires_grad_(False)
@@ -80,7 +74,7 @@ def quantize_model(
                 weight = layer.weight.detach()
                 done[shared] = _rounded(weight, products.get(path), _kind(path), bits)
             _replace(parent, path, layer, *done[shared])
-    return Int8Transformer(quantized)
+    return QuantizedTransformer(quantized)
 
 
 def _rounded(
@@ -122,7 +116,7 @@ def empty_quantized_model(model: Transformer, weight_bits: int) -> Transformer:
         else:
             fresh = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
         _replace(parent, path, layer, *done.setdefault(layer.weight.data_ptr(), fresh))
-    return Int8Transformer(model.requires_grad_(False))
+    return QuantizedTransformer(model.requires_grad_(False))
 
 
 def _check_inputs(model: nn.Module) -> None:
@@ -157,9 +151,9 @@ def _bits(path: str, weight_bits: int) -> int:
 
 def _replace(parent: nn.Module, path: str, layer: Any, weight_q: Tensor, scale: Tensor) -> None:
     """Put the quantised layer in the place of the other."""
-    is_rotated, is_int4 = _kind(path) == ROTATED, weight_q.dtype is torch.uint8
-    made: type[nn.Module] = Int8Embedding
+    made: QuantizedMatrix
     if isinstance(layer, nn.Linear):
-        kinds = (RotatedInt8Linear, RotatedInt4Linear) if is_rotated else (Int8Linear, Int4Linear)
-        made = kinds[is_int4]
-    parent.add_module(_kind(path), made(weight_q, scale))
+        made = QuantizedLinear(weight_q, scale, is_rotated=_kind(path) == ROTATED)
+    else:
+        made = Int8Embedding(weight_q, scale)
+    parent.add_module(_kind(path), made)

@@ -36,74 +36,54 @@ class Prepared(nn.Module):
         return {**self.__dict__, "_prepared": None}
 
 
-class Int8Linear(Prepared):
-    """y = x W^T without bias, on INT8 weights and activations."""
+class QuantizedMatrix(nn.Module):
+    """Rows of whole numbers, with the scales that they are multiplied by."""
 
     weight_q: Tensor
     weight_scale: Tensor
 
     def __init__(self, weight_q: Tensor, weight_scale: Tensor) -> None:
-        """Take INT8 weights (N, K) and fp32 scales (N,)."""
+        """Take what `tinyllm.ops` rounds to, by rows (INT8) or by groups (`tinyllm.ops.int4`)."""
         super().__init__()
         self.register_buffer("weight_q", weight_q)
         self.register_buffer("weight_scale", weight_scale)
+
+
+class QuantizedLinear(Prepared, QuantizedMatrix):
+    """y = x W^T without bias, on weights of 8 or 4 bits and INT8 activations."""
+
+    def __init__(self, weight_q: Tensor, weight_scale: Tensor, *, is_rotated: bool = False) -> None:
+        """Take a weight of 8 or of 4 bits.
+
+        Args:
+            weight_q: (N, K) in int8, or (N, K / 2) in uint8, two numbers in a byte.
+            weight_scale: (N,) in fp32, or (N, ceil(K / 32)) in bf16.
+            is_rotated: its rows were rotated by `hadamard`, so inputs have to be.
+        """
+        super().__init__(weight_q, weight_scale)
+        self.is_rotated = is_rotated
+
+    @property
+    def bits(self) -> int:
+        """Of a weight: 8 or 4."""
+        return 4 if self.weight_q.dtype is torch.uint8 else 8
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
         if self._prepared is None:
-            self._prepared = bind_linear_w8a8(self.weight_q, self.weight_scale.float())
-        y: Tensor = self._prepared(x)
-        return y
+            self._prepared = self._bind()
+        y: Tensor = self._prepared(hadamard(x.float()) if self.is_rotated else x)
+        return y.to(x.dtype)
+
+    def _bind(self) -> Callable[[Tensor], Tensor]:
+        """Return the weight as a function; a cast model's scales get their format back."""
+        if self.bits == 4:
+            return bind_linear_w4a8(self.weight_q, self.weight_scale.to(torch.bfloat16))
+        return bind_linear_w8a8(self.weight_q, self.weight_scale.float())
 
 
-class RotatedInt8Linear(Int8Linear):
-    """The same for a weight whose rows are rotated by `hadamard`, as its inputs are here."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
-        return super().forward(hadamard(x.float())).to(x.dtype)
-
-
-class Int4Linear(Prepared):
-    """y = x W^T without bias, on 4-bit weights and INT8 activations."""
-
-    weight_q: Tensor
-    weight_scale: Tensor
-
-    def __init__(self, weight_q: Tensor, weight_scale: Tensor) -> None:
-        """Take numbers (N, K / 2) and scales (N, ceil(K / 32)) of `tinyllm.ops.int4`."""
-        super().__init__()
-        self.register_buffer("weight_q", weight_q)
-        self.register_buffer("weight_scale", weight_scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
-        if self._prepared is None:
-            scale = self.weight_scale.to(torch.bfloat16)
-            self._prepared = bind_linear_w4a8(self.weight_q, scale)
-        y: Tensor = self._prepared(x)
-        return y
-
-
-class RotatedInt4Linear(Int4Linear):
-    """The same for a weight whose rows are rotated, as `RotatedInt8Linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs, (..., N) in x's dtype, of x (..., K)."""
-        return super().forward(hadamard(x.float())).to(x.dtype)
-
-
-class Int8Embedding(nn.Module):
-    """Rows of an INT8 matrix, dequantised as they are looked up."""
-
-    weight_q: Tensor
-    weight_scale: Tensor
-
-    def __init__(self, weight_q: Tensor, weight_scale: Tensor) -> None:
-        """Take INT8 rows (V, D) and fp32 scales (V,)."""
-        super().__init__()
-        self.register_buffer("weight_q", weight_q)
-        self.register_buffer("weight_scale", weight_scale)
+class Int8Embedding(QuantizedMatrix):
+    """Rows of an INT8 matrix (V, D), dequantised as they are looked up; scales (V,)."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows, (..., D) in the dtype of the scales."""

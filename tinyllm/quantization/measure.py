@@ -33,7 +33,7 @@ def measure_outputs(
 
     Args:
         model: in floating point.
-        quantized: the same model in INT8.
+        quantized: the same model, made by `quantize_model`.
         ids_BT: text to measure on, int64.
 
     Returns:
@@ -46,12 +46,13 @@ def measure_outputs(
     def compare(kind: str, twin: nn.Module) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         """Return a hook that adds a layer's energy and its twin's error to those of its kind."""
 
-        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        def add(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            """Add those of one pass."""
             error = twin(inputs[0]).double() - output.double()
             sums[kind][0] += output.double().square().sum().item()
             sums[kind][1] += error.square().sum().item()
 
-        return hook
+        return add
 
     for name, layer in model.named_modules():
         kind = name.rpartition(".")[2]

@@ -17,7 +17,7 @@ from tinyllm.model.norm import RMSNorm
 from tinyllm.model.transformer import Block, Cache, Transformer
 from tinyllm.ops.decoder import CACHED, Decoder, DecoderWeights, LayerWeights, Room
 from tinyllm.ops.registry import select
-from tinyllm.quantization.layers import Int4Linear, Int8Embedding, Int8Linear, Prepared
+from tinyllm.quantization.layers import Int8Embedding, Prepared, QuantizedLinear
 
 NOT_HERE = "layer by layer"
 
@@ -34,7 +34,7 @@ class RoomyCache(Protocol):
         """Return the memory for `n_tokens` more positions per sequence, which count as stored."""
 
 
-class Int8Transformer(Prepared, Transformer):
+class QuantizedTransformer(Prepared, Transformer):
     """A `Transformer` whose matrices are INT8, those of the blocks perhaps of 4 bits."""
 
     def __init__(self, model: Transformer) -> None:
@@ -77,7 +77,7 @@ def is_standard(model: Transformer) -> bool:
     """Whether a model is of the kind that `Decoder` knows: matrices quantised, the rest fp32."""
     return (
         isinstance(model.embed_tokens, Int8Embedding)
-        and isinstance(model.lm_head, Int8Linear)
+        and _bits(model.lm_head) == 8
         and isinstance(model.norm, RMSNorm)
         and model.embed_positions is None
         and model.embed_tokens.weight_scale.dtype is torch.float32
@@ -93,10 +93,15 @@ def _is_standard(block: Block) -> bool:
     layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     layers += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return (
-        any(all(isinstance(layer, kind) for layer in layers) for kind in (Int8Linear, Int4Linear))
+        {_bits(layer) for layer in layers} in ({8}, {4})
         and attention.rotates
         and isinstance(block.input_layernorm, RMSNorm)
     )
+
+
+def _bits(layer: nn.Module) -> int | None:
+    """Return the bits of a quantised layer's weights, None for one in floating point."""
+    return layer.bits if isinstance(layer, QuantizedLinear) else None
 
 
 def decoder_weights(model: Transformer) -> DecoderWeights:

@@ -136,7 +136,10 @@ def _guard(api_key: str | None, books: Metrics) -> Callable[[Endpoint], Endpoint
     """Return what wraps an endpoint: the key is checked, refusals become JSON, all is counted."""
 
     def wrap(endpoint: Endpoint) -> Endpoint:
+        """Return the endpoint behind the guard."""
+
         async def guarded(http: HttpRequest) -> Response:
+            """Answer a call, whatever becomes of it."""
             try:
                 _check_key(http, api_key)
                 response = await endpoint(http)
@@ -205,6 +208,7 @@ def _page() -> Endpoint:
     }
 
     async def page(_: HttpRequest) -> Response:
+        """Answer with the page."""
         return HTMLResponse(html, headers=headers)
 
     return page
