@@ -51,7 +51,7 @@ RUNGS: list[tuple[str, dict[str, Any]]] = [
     ("+ checkpoint: blocks", {"checkpoint": "blocks"}),
     ("+ 8-bit AdamW", {"optimizer": "adamw8bit"}),
 ]
-QUICK_RUNGS = (0, 2, 5)
+QUICK_RUNGS = (0, 5)
 STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Buffers beyond 64 KB go back to the system at once, so that the process shows what is held."""
 
@@ -119,7 +119,7 @@ def in_own_process(settings: dict[str, Any], *, steady: bool = True) -> dict[str
 def main() -> None:
     """Print the ladder, then one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="three rungs, a quarter of the batch")
+    parser.add_argument("--quick", action="store_true", help="two rungs, a quarter of the batch")
     parser.add_argument("--save", action="store_true", help=f"write into {RESULTS.name}/")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
