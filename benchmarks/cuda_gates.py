@@ -32,7 +32,6 @@ INSTRUCTIONS = {
     "HGMMA": r"\bHGMMA\.",  # the same of a warpgroup (wgmma)
     "UTMALDG": r"\bUTMALDG\b",  # boxes by the copy engine (TMA)
     "IMMA": r"\bIMMA\.",  # tensor cores, INT8
-    "DP4A": r"\bIDP\.4A\b",
     "LDG.128": r"\bLDG\.E\S*\.128\b",  # 16 bytes from global memory
     "STG.128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS.128": r"\bLDGSTS\.E\S*\.128\b",  # cp.async, past the registers
