@@ -2,6 +2,7 @@
 
 import torch
 
+from tinyllm.inference.cache import KVCache
 from tinyllm.model.init import build_model
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
@@ -32,3 +33,12 @@ def tiny_model(seed: int = 0, **changes) -> Transformer:
     with torch.no_grad():  # a tied or zero head repeats one token; a wide one depends on the past
         model.lm_head.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+def cached_logits(model: Transformer, ids: list[int], batch: int = 1, dtype=torch.float32):
+    """The logits from the sixth token on: six are read at once, the others one by one."""
+    cache = KVCache(model.config, batch, 48, dtype, "cpu")
+    with torch.inference_mode():
+        rows = [model(torch.tensor([ids[:6]] * batch), cache=cache)[:, -1:]]
+        rows += [model(torch.tensor([[token]] * batch), cache=cache) for token in ids[6:]]
+    return torch.cat(rows, dim=1)

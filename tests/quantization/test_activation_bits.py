@@ -2,10 +2,9 @@ import copy
 
 import pytest
 import torch
-from tiny_lm import tiny_model
+from tiny_lm import cached_logits, tiny_model
 
 from tinyllm.artifact import build_artifact
-from tinyllm.inference.cache import KVCache
 from tinyllm.model.directory import load_config
 from tinyllm.ops import cpu
 from tinyllm.ops.decoder import Decoder
@@ -56,14 +55,6 @@ def test_what_is_not_a_number_stays_so_and_zero_stays_zero():
     assert not y[0].any()
     assert y[1].isnan().all()
     assert y[2].isfinite().all()
-
-
-def cached_logits(model, ids):
-    cache = KVCache(model.config, 1, 48, torch.float32, "cpu")
-    with torch.inference_mode():
-        rows = [model(torch.tensor([ids[:6]]), cache=cache)[:, -1:]]
-        rows += [model(torch.tensor([[token]]), cache=cache) for token in ids[6:]]
-    return torch.cat(rows, dim=1)
 
 
 @pytest.mark.parametrize("weight_bits", [8, 4])

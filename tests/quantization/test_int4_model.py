@@ -2,11 +2,10 @@ import copy
 
 import pytest
 import torch
-from tiny_lm import tiny_model
+from tiny_lm import cached_logits, tiny_model
 
 from tinyllm.artifact import build_artifact
 from tinyllm.errors import ArtifactError, DataError, GateError
-from tinyllm.inference.cache import KVCache
 from tinyllm.inference.generate import cache_dtype
 from tinyllm.model.directory import load_config, save_model
 from tinyllm.ops import cpu
@@ -32,14 +31,6 @@ def model(request):
 def save(model, directory, writer=save_quantized_model):
     with build_artifact(directory, kind="int8", made_from=[]) as draft:
         writer(model, draft.path)
-
-
-def cached_logits(model, ids, dtype=torch.float32):
-    cache = KVCache(model.config, 1, 48, dtype, "cpu")
-    with torch.inference_mode():
-        rows = [model(torch.tensor([ids[:6]]), cache=cache)[:, -1:]]
-        rows += [model(torch.tensor([[token]]), cache=cache) for token in ids[6:]]
-    return torch.cat(rows, dim=1)
 
 
 def test_blocks_have_four_bits_and_embedding_and_head_eight(model):

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny_lm import tiny_model
+from tiny_lm import cached_logits, tiny_model
 
 from tinyllm.inference.cache import KVCache
 from tinyllm.inference.slots import SlotCache
@@ -17,15 +17,6 @@ PROMPT = [5, 17, 33, 90, 2, 41]
 @pytest.fixture(params=[True, False], ids=["qk_norm", "plain"])
 def model(request):
     return quantize_model(tiny_model(qk_norm=request.param))
-
-
-def cached_logits(model, ids, batch=1, dtype=torch.float32):
-    cache = KVCache(model.config, batch, 48, dtype, "cpu")
-    rows = []
-    with torch.inference_mode():
-        rows.append(model(torch.tensor([ids[:6]] * batch), cache=cache)[:, -1:])
-        rows += [model(torch.tensor([[token]] * batch), cache=cache) for token in ids[6:]]
-    return torch.cat(rows, dim=1)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.int8])
