@@ -10,7 +10,7 @@
 namespace tinyllm {
 namespace {
 
-constexpr int64_t kRowsPerTile = 48;  // their outputs of one panel, 12 KB, stay in the first cache
+constexpr int64_t kRowsPerTile = 48;  // their outputs of one panel, 12 KB a term, stay in the first cache
 constexpr int64_t kWidened = 4;       // queries that share keys in bf16, from which on they are widened once
 
 // Rows of INT8 inputs and their scales; the terms of an input follow each other.

@@ -50,10 +50,10 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
     for (int r = 0; r < ROWS; ++r) sums[r][b] = start;
   }
   int64_t group = 0;
-  // One row is multiplied faster than memory brings the weights. Left alone, the processor has over 100 loads under
-  // way, more than it has places for, and has none left to fetch ahead; eight empty instructions a line keep them to
-  // about 30. With 2 threads 1.10 (d 768) and 1.09 to 1.29 (d 1024) times the tokens, 0.99 from the caches (d 256).
-  // Hints what to fetch cost 3 to 20 % instead.
+  // One row is multiplied faster than memory brings the weights: the 320 instructions that Zen 4 has under way would
+  // hold over 100 loads, more than wait for memory at once, and those that fetch ahead find no place. Eight empty ones
+  // a line leave about 30. On 2 threads 1.10 (d 768) and 1.09 to 1.29 (d 1024) times the tokens, 0.98 to 0.99 from the
+  // caches (d 256). Hints what to fetch cost 3 to 20 % instead.
   if constexpr (ROWS == 1) {
     for (; group < groups; ++group) {
       const __m512i x = four_inputs(q + group * kGroup);

@@ -72,7 +72,7 @@ class DecoderWeights:
     """K."""
     eps: float
     """Of every norm."""
-    activation_bits: int = 8
+    activation_bits: int
     """8, or 16 as `linear.in_two_terms` has them."""
 
 

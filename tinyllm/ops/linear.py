@@ -74,9 +74,16 @@ def in_two_terms(bound: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
     The second term is what rounding the first left over, at most s1 / 2 <= absmax / 254; its own
     rounding leaves at most s2 / 2 <= absmax / 64516.
+
+    Args:
+        bound: what `bind_linear_w8a8` or `bind_linear_w4a8` returned.
+
+    Returns:
+        A function of x (..., K), floating point, to (..., N) in fp32.
     """
 
     def linear(x: Tensor) -> Tensor:
+        """Return both terms' products, added."""
         x = x.float()
         q, scale = quantize_per_row(x)
         return bound(x) + bound(x - q * scale.unsqueeze(-1))

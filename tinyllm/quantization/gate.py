@@ -17,7 +17,7 @@ class QuantizeParams:
     weight_bits: int
     """Of the layers in the blocks: 8, or 4 (docs/int4.md); embedding and head have 8."""
     activation_bits: int
-    """What the inputs of all layers are rounded to: 8, or 16, twice the work and half the error."""
+    """What inputs of layers are rounded to: 8, or 16, twice the multiplications (docs/int8.md)."""
     max_bpb_increase_share: float
     """Gate: val_bpb may rise by this share of its value before; more fails the stage."""
     seq_len: int
