@@ -164,7 +164,7 @@ def tokens(*shape, seed=3):
 
 FORMATS = pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8])
 # The seeds are of models whose keys and values round to the same bf16 in fp32 as in fp64: one that
-# lies between two is off by 2^-8 of itself, and second terms that round otherwise make that likelier.
+# lies between two is off by 2^-8 of itself; second terms that round otherwise make that likelier.
 CASES = [
     {},
     {"qk_norm": False, "d_head": 2, "d": 8, "n_kv_heads": 4},
