@@ -68,7 +68,7 @@ SAMPLE = 16384
 """Tokens of the training text by which INT8 rounding is compensated, as in params.yaml."""
 SEQ_LEN, BATCH, LR, HELD_OUT_EVERY = 128, 8, 3e-3, 8
 PASSAGES = 16
-"""With 3 the share of equal likeliest tokens was up to 1 % off that of 16: ties in repeated text."""
+"""With 3 the share of equal likeliest tokens was up to 1 % off that of 16: ties, repeated."""
 
 
 @dataclass(frozen=True)
