@@ -11,7 +11,7 @@ namespace tinyllm {
 namespace {
 
 constexpr int64_t kRowsPerTile = 48;  // their outputs of one panel, 12 KB a term, stay in the first cache
-constexpr int64_t kWidened = 4;       // queries that share keys in bf16, from which on they are widened once
+constexpr int64_t kShared = 8;        // queries that share keys, from which on they are transposed
 
 // Rows of INT8 inputs and their scales; the terms of an input follow each other.
 struct Inputs {
@@ -23,18 +23,17 @@ struct Inputs {
 // What a thread has for itself.
 struct Own {
   float* tile;             // [terms kRowsPerTile][kPanel], outputs
-  float *normed, *scores;  // a row; the scores of a query
-  float *keys, *values;    // of a head, widened
+  float *normed, *scores;  // a row; the scores of kTogether queries
+  float* keys;             // of a head, transposed
   int8_t* q;               // [terms][widest], a row's inputs, their scales:
   float* scale;
   int64_t n_bytes;
 
-  Own(Arena arena, int64_t widest, int64_t longest, int64_t widened, int64_t terms)
+  Own(Arena arena, int64_t widest, int64_t longest, int64_t shared, int64_t terms)
       : tile(arena.take<float>(terms * kRowsPerTile * kPanel)),
         normed(arena.take<float>(widest)),
-        scores(arena.take<float>(longest)),
-        keys(arena.take<float>(widened)),
-        values(arena.take<float>(widened)),
+        scores(arena.take<float>(kTogether * longest)),
+        keys(arena.take<float>(shared)),
         q(arena.take<int8_t>(terms * widest)),
         scale(arena.take<float>(terms)),
         n_bytes(arena.used) {}
@@ -74,7 +73,7 @@ struct Rows {
     attended = arena.take<float>(most * m.n_heads * m.d_head);
     hidden = arena.take<float>(most * padded_ff);
     inputs = {arena.take<int8_t>(most * m.terms * widest), arena.take<float>(most * m.terms), widest};
-    own_bytes = Own(Arena{nullptr}, widest, longest(), widened(), m.terms).n_bytes;
+    own_bytes = Own(Arena{nullptr}, widest, longest(), shared_keys(), m.terms).n_bytes;
     own = arena.take<char>(threads * own_bytes);
     n_bytes = arena.used;
   }
@@ -89,15 +88,22 @@ struct Rows {
     }
   }
 
-  // Most positions that a query sees.
-  int64_t longest() const {
-    return *std::max_element(tokens.starts, tokens.starts + tokens.n_sequences) + tokens.n_tokens;
+  // The rows from `row` on that belong to its sequence.
+  int64_t rows_left(int64_t row) const {
+    const Place& place = places[row];
+    return std::min(n - row, tokens.starts[place.sequence] + tokens.n_tokens - place.position);
   }
 
-  // Numbers of a head's keys, if they are widened before use.
-  int64_t widened() const {
-    const bool shared = tokens.n_tokens * (model.n_heads / model.n_kv_heads) >= kWidened;
-    return shared && tokens.stored == Stored::kBf16 ? longest() * model.d_head : 0;
+  // Most positions that a query sees, in whole blocks.
+  int64_t longest() const {
+    const int64_t start = *std::max_element(tokens.starts, tokens.starts + tokens.n_sequences);
+    return round_up(start + tokens.n_tokens, kLanes);
+  }
+
+  // Numbers of a head's keys, if so many queries share them that transposing pays.
+  int64_t shared_keys() const {
+    const bool pays = tokens.n_tokens * (model.n_heads / model.n_kv_heads) >= kShared;
+    return pays ? longest() * model.d_head : 0;
   }
 };
 

@@ -10,14 +10,11 @@
 namespace tinyllm {
 namespace {
 
-// The largest number, whatever their order; NaN is not looked at.
+// The largest number, whatever their order; NaN is not looked at. Whole vectors can be read.
 [[gnu::always_inline]] inline float largest(const float* x, int64_t n) {
-  Lanes most = Lanes{} - __builtin_inff();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Lanes some = load(x + i, kLanes);
-    most = larger(some, most);
-  }
+  const float least = -__builtin_inff();
+  Lanes most = Lanes{} + least;
+  for (int64_t i = 0; i < n; i += kLanes) most = larger(first_lanes(load_all(x + i), n - i, least), most);
   Eight eight[2];
   __builtin_memcpy(eight, &most, sizeof most);
   eight[0] = eight[1] > eight[0] ? eight[1] : eight[0];
@@ -26,8 +23,34 @@ namespace {
   four[0] = four[1] > four[0] ? four[1] : four[0];
   float one = four[0][0];
   for (int lane = 1; lane < 4; ++lane) one = four[0][lane] > one ? four[0][lane] : one;
-  for (; i < n; ++i) one = x[i] > one ? x[i] : one;
   return one;
+}
+
+// scores = exp(scores - the largest), times the scales if there are any; factors = 1 / the sum without them. For ROWS
+// queries with `width` scores each, of which each sees one key more than the one before; whole vectors can be written.
+template <int ROWS>
+[[gnu::always_inline]] inline void softmax(float* scores, int64_t width, int64_t n_keys, const float* value_scale,
+                                           float* factors) {
+  float most[ROWS];
+  for (int r = 0; r < ROWS; ++r) most[r] = largest(scores + r * width, n_keys + r);
+  Lanes total[ROWS] = {};
+  for (int64_t s = 0; s < n_keys + ROWS - 1; s += kLanes) {
+    Lanes x[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) x[r] = load_all(scores + r * width + s) - most[r];
+    exp_lanes<ROWS>(x);
+    const int64_t n = n_keys - s;
+    if (n < kLanes)
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) x[r] = first_lanes(x[r], n + r, 0.0f);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      total[r] += x[r];
+      if (value_scale != nullptr) x[r] *= load(value_scale + s, n + ROWS - 1);
+      store_all(scores + r * width + s, x[r]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) factors[r] = 1.0f / sum_lanes(total[r]);
 }
 
 // y [16 SLICES] = sum of the weighted values, even and odd positions apart; at most `n` numbers.
@@ -121,16 +144,8 @@ template <int64_t D, class T>
     if constexpr (is_int8) one *= cached.key_scale[s];
     scores[s] = one * scale;
   }
-  const float most = largest(scores, n_keys);
-  Lanes total = {};
-  for (s = 0; s < n_keys; s += kLanes) {
-    const int64_t n = n_keys - s;
-    store(scores + s, exp_lanes(load(scores + s, n) - most), n);
-    const Lanes weights = load(scores + s, n);
-    total += weights;
-    if constexpr (is_int8) store(scores + s, weights * load(cached.value_scale + s, n), n);
-  }
-  const float factor = 1.0f / sum_lanes(total);
+  float factor;
+  softmax<1>(scores, 0, n_keys, is_int8 ? cached.value_scale : nullptr, &factor);
   int64_t i = 0;
   for (; i + kSlices * kLanes <= d_head; i += kSlices * kLanes)
     weigh<kSlices>(values + i, next == nullptr ? next : next + i, stride, scores, n_keys, factor, kSlices * kLanes,

@@ -15,6 +15,7 @@ namespace tinyllm {
 namespace {
 
 constexpr int64_t kRows = 128;               // rows that go through the layers together
+constexpr int64_t kRowsPerPart = 8;          // of a head, that a thread takes at a time
 constexpr int64_t kWorkPerThread = 1 << 15;  // multiplications per layer; meeting costs 0.2 us each time
 
 // One thread's way through the phases.
@@ -27,7 +28,7 @@ class Pass {
         isa_(rows.isa),
         team_(team),
         cache_{rows.tokens, rows.isa, rows.model.d_head},
-        own_(Arena{rows.own + rows.own_bytes * team.thread}, rows.widest, rows.longest(), rows.widened(),
+        own_(Arena{rows.own + rows.own_bytes * team.thread}, rows.widest, rows.longest(), rows.shared_keys(),
              rows.model.terms) {}
 
   void run() {
@@ -145,29 +146,41 @@ class Pass {
 
   void gate(const Weight& w, const Inputs& in) {
     multiply_tiles(w, in, [&](int64_t row, int64_t first, const float* tile) {
-      float* hidden = r_.hidden + row * r_.padded_ff + first / 2;
-      isa_.swiglu(tile, tile + kHadamard, kHadamard, hidden);
-      if (first / 2 + kHadamard <= m_.d_ff) isa_.hadamard(hidden);  // a shorter last block stays
+      const bool rotated = first / 2 + kHadamard <= m_.d_ff;  // a shorter last block stays
+      isa_.gate(tile, tile + kHadamard, rotated, r_.hidden + row * r_.padded_ff + first / 2);
+    });
+  }
+
+  // body(head, first, end) for some rows at a time. Heads outside: their numbers stay in a thread's own cache.
+  template <class Body>
+  void share_heads(int64_t heads, Body body) {
+    const int64_t parts = round_up(r_.n, kRowsPerPart) / kRowsPerPart;
+    team_.share(heads * parts, [&](int64_t i) {
+      const int64_t first = i % parts * kRowsPerPart;
+      body(i / parts, first, std::min(first + kRowsPerPart, r_.n));
     });
   }
 
   // Norm and rotation of queries and keys; keys and values go into the cache.
   void turn_and_store(const Layer& layer, int64_t l) {
-    const int64_t heads = m_.n_heads + 2 * m_.n_kv_heads;
-    team_.share(r_.n * heads, [&](int64_t i) {
-      const int64_t row = i / heads, head = i % heads, position = r_.places[row].position;
-      float* x = r_.qkv + row * r_.n_qkv + head * m_.d_head;
-      const int64_t key = head - m_.n_heads, value = key - m_.n_kv_heads;
-      if (value < 0) {
-        const float* norm = key < 0 ? layer.norm_q : layer.norm_k;
-        if (norm != nullptr) isa_.rms_norm(x, norm, m_.d_head, m_.eps, x);
-        const int64_t angle = position * (m_.d_head / 2);
-        isa_.rotate(x, m_.cosines + angle, m_.sines + angle, m_.d_head / 2);
-      }
-      if (key < 0) return;
-      const int64_t head_start = cache_.head_start(l, r_.places[row].sequence, value < 0 ? key : value);
-      cache_.store(value < 0, head_start + position * t_.position_stride, x);
+    share_heads(m_.n_heads + 2 * m_.n_kv_heads, [&](int64_t head, int64_t first, int64_t end) {
+      for (int64_t row = first; row < end; ++row) turn_and_store(layer, l, head, row);
     });
+  }
+
+  void turn_and_store(const Layer& layer, int64_t l, int64_t head, int64_t row) {
+    const int64_t position = r_.places[row].position;
+    float* x = r_.qkv + row * r_.n_qkv + head * m_.d_head;
+    const int64_t key = head - m_.n_heads, value = key - m_.n_kv_heads;
+    if (value < 0) {
+      const float* norm = key < 0 ? layer.norm_q : layer.norm_k;
+      if (norm != nullptr) isa_.rms_norm(x, norm, m_.d_head, m_.eps, x);
+      const int64_t angle = position * (m_.d_head / 2);
+      isa_.rotate(x, m_.cosines + angle, m_.sines + angle, m_.d_head / 2);
+    }
+    if (key < 0) return;
+    const int64_t head_start = cache_.head_start(l, r_.places[row].sequence, value < 0 ? key : value);
+    cache_.store(value < 0, head_start + position * t_.position_stride, x);
   }
 
   // What the query in `row` sees of key-value head `group`.
@@ -179,22 +192,26 @@ class Pass {
   }
 
   void attend(const Layer& layer, int64_t l) {
-    const int64_t per_group = m_.n_heads / m_.n_kv_heads;
-    const void* widened_keys = nullptr;
-    int64_t n_widened = 0;
-    // Heads outside, so that a head's keys stay in the cache for all rows.
-    team_.share(m_.n_heads * r_.n, [&](int64_t task) {
-      const int64_t head = task / r_.n, row = task % r_.n;
-      CachedHead seen = cached(layer, l, row, head / per_group);
-      if (r_.widened() > 0) {
-        if (seen.keys != widened_keys) n_widened = 0;  // another head, or a window that moves
-        widened_keys = seen.keys;
-        const int64_t known = n_widened;
-        n_widened = std::max(known, seen.n_keys);
-        seen = cache_.widened(seen, known, own_.keys, own_.values);
+    const int64_t per_group = m_.n_heads / m_.n_kv_heads, width = m_.n_heads * m_.d_head;
+    const bool shared = r_.shared_keys() > 0 && layer.window == 0;
+    const void* transposed = nullptr;  // whose keys own_.keys has
+    share_heads(m_.n_heads, [&](int64_t head, int64_t first, int64_t end) {
+      for (int64_t row = first, rows; row < end; row += rows) {
+        const CachedHead seen = cached(layer, l, row, head / per_group);
+        const float* q = r_.qkv + row * r_.n_qkv + head * m_.d_head;
+        float* y = r_.attended + row * width + head * m_.d_head;
+        if (shared) {
+          const int64_t left = r_.rows_left(row);
+          if (seen.keys != transposed)
+            isa_.transpose_keys(cached(layer, l, row + left - 1, head / per_group), m_.d_head, own_.keys);
+          transposed = seen.keys;
+          rows = std::min(left, end - row);
+          isa_.attend_rows(q, r_.n_qkv, rows, seen, own_.keys, m_.d_head, own_.scores, y, width);
+        } else {
+          rows = 1;
+          isa_.attend(q, seen, m_.d_head, own_.scores, y);
+        }
       }
-      isa_.attend(r_.qkv + row * r_.n_qkv + head * m_.d_head, seen, m_.d_head, own_.scores,
-                  r_.attended + (row * m_.n_heads + head) * m_.d_head);
     });
   }
 

@@ -45,15 +45,6 @@ struct KvCache {
             has_next ? keys + t.head_stride * bytes : nullptr,
             t.position_stride, end - first, t.stored};
   }
-
-  // The same numbers in fp32, in `keys` and `values`, where `from` positions are already.
-  CachedHead widened(const CachedHead& head, int64_t from, float* keys, float* values) const {
-    for (int64_t s = from; s < head.n_keys; ++s) {
-      isa.widen(static_cast<const uint16_t*>(head.keys) + s * head.stride, d_head, keys + s * d_head);
-      isa.widen(static_cast<const uint16_t*>(head.values) + s * head.stride, d_head, values + s * d_head);
-    }
-    return {keys, values, nullptr, nullptr, nullptr, d_head, head.n_keys, Stored::kFloat};
-  }
 };
 
 }  // namespace

@@ -53,22 +53,27 @@ template <class T>
   return sum_lanes(products(a, b, n));
 }
 
-// exp between -87 and 88, constant beyond: 2^round(x / ln 2) times the Taylor series of the rest, |rest| <= ln(2) / 2,
-// up to the seventh power (relative error below 1e-8, less than the rounding of fp32).
-[[gnu::always_inline]] inline Lanes exp_lanes(Lanes x) {
-  x = smaller(Lanes{} + 88.0f, larger(Lanes{} - 87.0f, x));
-  const Lanes shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole
-  const Lanes whole = shifted - 12582912.0f;
-  const Lanes rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;  // ln 2 in two parts
-  Lanes series = Lanes{} + 1.0f / 5040;
-  series = series * rest + 1.0f / 720;
-  series = series * rest + 1.0f / 120;
-  series = series * rest + 1.0f / 24;
-  series = series * rest + 1.0f / 6;
-  series = series * rest + 0.5f;
-  series = series * rest + 1.0f;
-  series = series * rest + 1.0f;
-  return series * power_of_two(shifted);
+// exp of N vectors, step by step together: one alone waits for itself. Between -87 and 88, constant beyond:
+// 2^round(x / ln 2) times the Taylor series of the rest, |rest| <= ln(2) / 2, up to the seventh power (relative error
+// below 1e-8, less than the rounding of fp32).
+template <int N>
+[[gnu::always_inline]] inline void exp_lanes(Lanes* x) {
+  Lanes shifted[N], rest[N], series[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    x[i] = smaller(Lanes{} + 88.0f, larger(Lanes{} - 87.0f, x[i]));
+    shifted[i] = x[i] * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole
+    const Lanes whole = shifted[i] - 12582912.0f;
+    rest[i] = (x[i] - whole * 0.693359375f) - whole * -2.12194440e-4f;  // ln 2 in two parts
+    series[i] = Lanes{} + 1.0f / 5040;
+  }
+  constexpr float kTerms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+#pragma GCC unroll 7
+  for (int term = 0; term < 7; ++term)
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) series[i] = series[i] * rest[i] + kTerms[term];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = series[i] * power_of_two(shifted[i]);
 }
 
 void add(const float* x, int64_t n, float* y) {
@@ -95,29 +100,30 @@ void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
 void narrow(const float* x, int64_t n, uint16_t* y) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const ShortLanes halves = to_bf16(load(x + i, n - i));
-    __builtin_memcpy(y + i, &halves, static_cast<size_t>(n - i < kLanes ? n - i : kLanes) * sizeof *y);
+    if (n - i >= kLanes) {
+      __builtin_memcpy(y + i, &halves, sizeof halves);
+    } else {
+      __builtin_memcpy(y + i, &halves, static_cast<size_t>(n - i) * sizeof *y);
+    }
   }
 }
 
-void widen(const uint16_t* x, int64_t n, float* y) {
-  for (int64_t i = 0; i < n; i += kLanes) store(y + i, load(x + i, n - i), n - i);
-}
-
-[[gnu::always_inline]] inline Lanes hadamard_16(Lanes x) {
-  return butterfly<1>(butterfly<2>(butterfly<4>(butterfly<8>(x)))) * 0.17677669529663687f;  // 1 / sqrt(32)
-}
-
-void hadamard(float* x) {
-  const Lanes a = load(x, kLanes), b = load(x + kLanes, kLanes);
-  store(x, hadamard_16(a + b), kLanes);
-  store(x + kLanes, hadamard_16(a - b), kLanes);
-}
-
-void swiglu(const float* gate, const float* up, int64_t n, float* y) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Lanes g = load(gate + i, n - i), u = load(up + i, n - i);
-    store(y + i, g / (1.0f + exp_lanes(0.0f - g)) * u, n - i);
+void gate(const float* gates, const float* ups, bool rotated, float* y) {
+  static_assert(kHadamard == 2 * kLanes);
+  const Lanes g[2] = {load_all(gates), load_all(gates + kLanes)};
+  Lanes x[2] = {0.0f - g[0], 0.0f - g[1]};
+  exp_lanes<2>(x);
+  for (int i = 0; i < 2; ++i) x[i] = g[i] / (1.0f + x[i]) * load_all(ups + i * kLanes);
+  if (rotated) {
+    const Lanes sum = x[0] + x[1], difference = x[0] - x[1];
+    x[0] = sum, x[1] = difference;
+    butterfly<8>(x);
+    butterfly<4>(x);
+    butterfly<2>(x);
+    butterfly<1>(x);
+    for (int i = 0; i < 2; ++i) x[i] = x[i] * 0.17677669529663687f;  // 1 / sqrt(32)
   }
+  for (int i = 0; i < 2; ++i) store_all(y + i * kLanes, x[i]);
 }
 
 }  // namespace

@@ -86,6 +86,13 @@ TINYLLM_LANES(/)
   return {a.low < b.low ? a.low : b.low, a.high < b.high ? a.high : b.high};
 }
 
+// The first n lanes, the rest replaced.
+[[gnu::always_inline]] inline Lanes first_lanes(Lanes x, int64_t n, float rest) {
+  const EightInts lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  const auto count = static_cast<int32_t>(n < kLanes ? n : kLanes);
+  return {lane < count ? x.low : Eight{} + rest, lane + 8 < count ? x.high : Eight{} + rest};
+}
+
 // 2^x of a whole x, given x + 1.5 * 2^23.
 [[gnu::always_inline]] inline Lanes power_of_two(Lanes shifted) {
   const auto eight = [](Eight x) {
@@ -95,10 +102,9 @@ TINYLLM_LANES(/)
   return {eight(shifted.low), eight(shifted.high)};
 }
 
-// Lanes that are STRIDE apart: their sum in the first, the first less the second in the second.
+// Of two vectors each, lanes that are STRIDE apart: their sum in the first, the first less the second in the second.
 template <int STRIDE>
-[[gnu::always_inline]] inline Lanes butterfly(Lanes x) {
-  if constexpr (STRIDE == 8) return {x.low + x.high, x.low - x.high};
+[[gnu::always_inline]] inline void butterfly(Lanes* x) {
   const auto eight = [](Eight half) {
     EightInts partner, flip;
 #pragma GCC unroll 8
@@ -108,7 +114,10 @@ template <int STRIDE>
     }
     return __builtin_shuffle(half, partner) + (Eight)((EightInts)half ^ flip);
   };
-  return {eight(x.low), eight(x.high)};
+  for (int i = 0; i < 2; ++i) {
+    const Lanes both = x[i];
+    x[i] = STRIDE == 8 ? Lanes{both.low + both.high, both.low - both.high} : Lanes{eight(both.low), eight(both.high)};
+  }
 }
 
 }  // namespace

@@ -65,25 +65,45 @@ constexpr int kSlices = 4;
   return eight[0] + eight[1];
 }
 
-// a where it is larger (smaller), else b.
+// a where it is larger (smaller), else b: that is what the instructions do, but GCC 12 does not find them.
+#ifdef __AVX512F__
+[[gnu::always_inline]] inline Lanes larger(Lanes a, Lanes b) { return (Lanes)_mm512_max_ps((__m512)a, (__m512)b); }
+[[gnu::always_inline]] inline Lanes smaller(Lanes a, Lanes b) { return (Lanes)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 [[gnu::always_inline]] inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 [[gnu::always_inline]] inline Lanes smaller(Lanes a, Lanes b) { return a < b ? a : b; }
+#endif
+
+// The first n lanes, the rest replaced.
+[[gnu::always_inline]] inline Lanes first_lanes(Lanes x, int64_t n, float rest) {
+  const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane < static_cast<int32_t>(n < kLanes ? n : kLanes) ? x : Lanes{} + rest;
+}
 
 // 2^x of a whole x, given x + 1.5 * 2^23. A copy by memcpy would go through memory.
 [[gnu::always_inline]] inline Lanes power_of_two(Lanes shifted) {
   return (Lanes)((((IntLanes)shifted - 0x4b400000) + 127) << 23);
 }
 
-// Lanes that are STRIDE apart: their sum in the first, the first less the second in the second.
+// Of two vectors each, lanes that are STRIDE apart: their sum in the first, the first less the second in the second.
 template <int STRIDE>
-[[gnu::always_inline]] inline Lanes butterfly(Lanes x) {
-  IntLanes partner, flip;
+[[gnu::always_inline]] inline void butterfly(Lanes* x) {
+  IntLanes partner;
+  Lanes sign;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     partner[i] = i ^ STRIDE;
-    flip[i] = i & STRIDE ? INT32_MIN : 0;  // the sign bit
+    sign[i] = i & STRIDE ? -1.0f : 1.0f;
   }
-  return __builtin_shuffle(x, partner) + (Lanes)((IntLanes)x ^ flip);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Lanes other = __builtin_shuffle(x[i], partner);
+#ifdef __AVX512F__  // the product is exact
+    x[i] = (Lanes)_mm512_fmadd_ps((__m512)x[i], (__m512)sign, (__m512)other);
+#else
+    x[i] = other + x[i] * sign;
+#endif
+  }
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ constexpr int64_t kGroup = 4;          // inputs of one output that lie together
 constexpr int64_t kBlockBytes = kLanes * kGroup;      // one block: one AVX-512 register
 constexpr int64_t kBlocksPerPanel = 4;                // blocks that are read as one stream
 constexpr int64_t kPanel = kLanes * kBlocksPerPanel;  // outputs that one tile computes
+constexpr int64_t kTogether = 4;     // rows that attention takes through the keys together
 constexpr int64_t kHadamard = 32;    // inputs of down_proj that are rotated together
 constexpr int64_t kMaxK = 65536;     // K * 255 * 127 < 2^31, so no int32 sum overflows
 
@@ -79,15 +80,17 @@ struct Isa {
   // of INT8 multiplies its key's score and its value's weight: once a position, not once a number.
   void (*attend)(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y);
 
-  // y = x rounded to bf16, halves to even; and back.
+  // The same for rows that follow each other, of which the first sees cached.n_keys keys; `blocks` are the keys of
+  // the last one, transposed. `scores` has room for kTogether rows of them, rounded up to whole blocks.
+  void (*transpose_keys)(const CachedHead& cached, int64_t d_head, float* blocks);
+  void (*attend_rows)(const float* q, int64_t q_stride, int64_t rows, const CachedHead& cached, const float* blocks,
+                      int64_t d_head, float* scores, float* y, int64_t y_stride);
+
+  // y = x rounded to bf16, halves to even.
   void (*narrow)(const float* x, int64_t n, uint16_t* y);
-  void (*widen)(const uint16_t* x, int64_t n, float* y);
 
-  // y = gate / (1 + exp(-gate)) * up.
-  void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
-
-  // x = H x / sqrt(32) for kHadamard numbers, H their Walsh-Hadamard matrix.
-  void (*hadamard)(float* x);
+  // y = gate / (1 + exp(-gate)) * up for kHadamard numbers; if `rotated` H y / sqrt(32), H their Walsh-Hadamard matrix.
+  void (*gate)(const float* gates, const float* ups, bool rotated, float* y);
 
   // What multiplies by this weight; looked up once per panel, outside all loops over inputs.
   Tile tile(const Weight& weight) const { return weight.bits == 4 ? tile_w4 : tile_w8; }

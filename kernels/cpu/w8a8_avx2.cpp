@@ -2,7 +2,7 @@
 //
 // AVX2 multiplies unsigned by signed bytes and saturates pairs at 16 bits. |q| as the unsigned side
 // and the sign moved to the weight keeps pairs within 2 * 127 * 127 = 32258 < 32767: exact.
-#include "attend.h"
+#include "attend_rows.h"
 #include "quantize.h"
 #include "tile.h"
 #include "w4a8.h"
@@ -103,6 +103,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 }  // namespace
 
 const Isa kAvx2 = {quantize, tile, tile_w4_avx2, 0, rms_norm, add,
-                   rotate, attend, narrow, widen, swiglu, hadamard};
+                   rotate, attend, transpose_keys, attend_rows, narrow, gate};
 
 }  // namespace tinyllm

@@ -2,7 +2,7 @@
 //
 // vpdpbusd multiplies unsigned by signed bytes and adds four products to an int32 without
 // saturation. The inputs are stored with 128 added; sums start at -128 * (sum of the weights).
-#include "attend.h"
+#include "attend_rows.h"
 #include "quantize.h"
 #include "tile.h"
 #include "w4a8.h"
@@ -117,6 +117,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 }  // namespace
 
 const Isa kAvx512Vnni = {quantize, tile, tile_w4_avx512vnni, 0x80, rms_norm, add,
-                         rotate, attend, narrow, widen, swiglu, hadamard};
+                         rotate, attend, transpose_keys, attend_rows, narrow, gate};
 
 }  // namespace tinyllm

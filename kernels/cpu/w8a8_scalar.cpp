@@ -1,7 +1,7 @@
 // Portable C++: the twin that the other instruction sets are compared with.
 #include <cmath>
 
-#include "attend.h"
+#include "attend_rows.h"
 #include "quantize.h"
 #include "w4a8.h"
 
@@ -45,6 +45,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 }  // namespace
 
 const Isa kScalar = {quantize, tile, tile_w4_scalar, 0, rms_norm, add,
-                     rotate, attend, narrow, widen, swiglu, hadamard};
+                     rotate, attend, transpose_keys, attend_rows, narrow, gate};
 
 }  // namespace tinyllm
