@@ -11,7 +11,7 @@ namespace tinyllm {
 namespace {
 
 constexpr int64_t kRowsPerTile = 48;  // their outputs of one panel, 12 KB a term, stay in the first cache
-constexpr int64_t kShared = 8;        // queries that share keys, from which on they are transposed
+constexpr int64_t kShared = 8;        // queries that share keys, from which on a head is opened for them
 
 // Rows of INT8 inputs and their scales; the terms of an input follow each other.
 struct Inputs {
@@ -24,7 +24,7 @@ struct Inputs {
 struct Own {
   float* tile;             // [terms kRowsPerTile][kPanel], outputs
   float *normed, *scores;  // a row; the scores of kTogether queries
-  float* keys;             // of a head, transposed
+  float *keys, *values;    // of an open head
   int8_t* q;               // [terms][widest], a row's inputs, their scales:
   float* scale;
   int64_t n_bytes;
@@ -34,6 +34,7 @@ struct Own {
         normed(arena.take<float>(widest)),
         scores(arena.take<float>(kTogether * longest)),
         keys(arena.take<float>(shared)),
+        values(arena.take<float>(shared)),
         q(arena.take<int8_t>(terms * widest)),
         scale(arena.take<float>(terms)),
         n_bytes(arena.used) {}
@@ -100,7 +101,7 @@ struct Rows {
     return round_up(start + tokens.n_tokens, kLanes);
   }
 
-  // Numbers of a head's keys, if so many queries share them that transposing pays.
+  // Numbers of a head's keys, if so many queries share them that opening it pays.
   int64_t shared_keys() const {
     const bool pays = tokens.n_tokens * (model.n_heads / model.n_kv_heads) >= kShared;
     return pays ? longest() * model.d_head : 0;

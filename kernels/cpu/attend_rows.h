@@ -1,7 +1,7 @@
-// Attention of neighbouring rows of one sequence over shared keys: a prompt's. What is read serves kTogether rows.
+// Attention of neighbouring rows of one sequence, a prompt's: what is read of a head serves kTogether of them.
 //
-// The keys lie side by side, blocks [ceil(n_keys / 16)][d_head][16]: a score needs no sum across a register. All
-// numbers are added in the order of attend.h, so both give the same bits.
+// Keys and values are in fp32, the keys side by side, so that a score needs no sum across a register. All numbers are
+// added in the order of attend.h: both give the same bits.
 #pragma once
 #include "arena.h"
 #include "attend.h"
@@ -74,20 +74,22 @@ template <class T>
 }
 
 template <class T>
-void transpose_typed(const CachedHead& cached, int64_t d_head, float* blocks) {
-  const auto* keys = static_cast<const T*>(cached.keys);
-  const int64_t stride = cached.stride;
+void open_typed(const CachedHead& cached, int64_t d_head, float* keys, float* values) {
   for (int64_t s = 0; s < cached.n_keys; s += 8)
     for (int64_t i = 0; i < d_head; i += 8)
-      transpose_eight(keys + s * stride + i, stride, cached.n_keys - s, d_head - i,
-                      blocks + s / kLanes * d_head * kLanes + i * kLanes + s % kLanes);
+      transpose_eight(static_cast<const T*>(cached.keys) + s * cached.stride + i, cached.stride, cached.n_keys - s,
+                      d_head - i, keys + s / kLanes * d_head * kLanes + i * kLanes + s % kLanes);
+  for (int64_t s = 0; s < cached.n_keys; ++s)
+    for (int64_t i = 0; i < d_head; i += kLanes)
+      store(values + s * d_head + i, load(static_cast<const T*>(cached.values) + s * cached.stride + i, d_head - i),
+            d_head - i);
 }
 
-void transpose_keys(const CachedHead& cached, int64_t d_head, float* blocks) {
+void open_head(const CachedHead& cached, int64_t d_head, float* keys, float* values) {
   switch (cached.stored) {
-    case Stored::kFloat: return transpose_typed<float>(cached, d_head, blocks);
-    case Stored::kBf16: return transpose_typed<uint16_t>(cached, d_head, blocks);
-    case Stored::kInt8: return transpose_typed<int8_t>(cached, d_head, blocks);
+    case Stored::kFloat: return open_typed<float>(cached, d_head, keys, values);
+    case Stored::kBf16: return open_typed<uint16_t>(cached, d_head, keys, values);
+    case Stored::kInt8: return open_typed<int8_t>(cached, d_head, keys, values);
   }
 }
 
@@ -95,12 +97,21 @@ void transpose_keys(const CachedHead& cached, int64_t d_head, float* blocks) {
 template <int ROWS>
 [[gnu::always_inline]] inline void column(const float* q, int64_t q_stride, const float* block, int64_t first,
                                           int64_t d_head, Lanes* sums) {
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r) sums[r] = Lanes{};
-  for (int64_t i = first; i < d_head; i += kLanes) {
+  const auto products = [&](int64_t i, Lanes* y) {
     const Lanes keys = load_all(block + i * kLanes);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) sums[r] += keys * q[r * q_stride + i];
+    for (int r = 0; r < ROWS; ++r) y[r] = keys * q[r * q_stride + i];
+  };
+  if (first < d_head) {
+    products(first, sums);
+  } else {
+    for (int r = 0; r < ROWS; ++r) sums[r] = Lanes{};
+  }
+  for (int64_t i = first + kLanes; i < d_head; i += kLanes) {
+    Lanes some[ROWS];
+    products(i, some);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) sums[r] += some[r];
   }
 }
 
@@ -126,8 +137,8 @@ template <int ROWS>
 }
 
 // `weigh` of attend.h for ROWS queries, of which each sees one key more than the one before.
-template <int ROWS, int SLICES, class T>
-[[gnu::always_inline]] inline void weigh_rows(const T* values, int64_t stride, const float* weights,
+template <int ROWS, int SLICES>
+[[gnu::always_inline]] inline void weigh_rows(const float* values, int64_t stride, const float* weights,
                                               int64_t weights_stride, int64_t n_keys, const float* factors,
                                               int64_t n, float* y, int64_t y_stride) {
   Lanes sums[2][ROWS][SLICES] = {};  // even and odd positions
@@ -159,53 +170,39 @@ template <int ROWS, int SLICES, class T>
       store(y + r * y_stride + i * kLanes, (sums[0][r][i] + sums[1][r][i]) * factors[r], n - i * kLanes);
 }
 
-// The first of ROWS queries sees cached.n_keys keys.
-template <int ROWS, class T>
-void attend_some(const float* q, int64_t q_stride, const CachedHead& cached, const float* blocks, int64_t d_head,
+// The first of ROWS queries sees n_keys keys.
+template <int ROWS>
+void attend_some(const float* q, int64_t q_stride, const OpenHead& head, int64_t n_keys, int64_t d_head,
                  float* scores, float* y, int64_t y_stride) {
-  const int64_t n_keys = cached.n_keys, most = n_keys + ROWS - 1, width = round_up(most, kLanes);
+  const int64_t most = n_keys + ROWS - 1, width = round_up(most, kLanes);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d_head));
-  for (int64_t s = 0; s < most; s += kLanes, blocks += d_head * kLanes) {
+  for (int64_t s = 0; s < most; s += kLanes) {
     Lanes some[ROWS];
-    dots<ROWS>(q, q_stride, blocks, d_head, some);
+    dots<ROWS>(q, q_stride, head.keys + s * d_head, d_head, some);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      if constexpr (sizeof(T) == 1) some[r] *= load(cached.key_scale + s, most - s);
+      if (head.key_scale != nullptr) some[r] *= load(head.key_scale + s, most - s);
       store_all(scores + r * width + s, some[r] * scale);
     }
   }
   float factors[ROWS];
-  softmax<ROWS>(scores, width, n_keys, sizeof(T) == 1 ? cached.value_scale : nullptr, factors);
-  const auto* values = static_cast<const T*>(cached.values);
+  softmax<ROWS>(scores, width, n_keys, head.value_scale, factors);
   int64_t i = 0;
   for (; i + 2 * kLanes <= d_head; i += 2 * kLanes)
-    weigh_rows<ROWS, 2>(values + i, cached.stride, scores, width, n_keys, factors, 2 * kLanes, y + i, y_stride);
+    weigh_rows<ROWS, 2>(head.values + i, d_head, scores, width, n_keys, factors, 2 * kLanes, y + i, y_stride);
   for (; i < d_head; i += kLanes)
-    weigh_rows<ROWS, 1>(values + i, cached.stride, scores, width, n_keys, factors, d_head - i, y + i, y_stride);
+    weigh_rows<ROWS, 1>(head.values + i, d_head, scores, width, n_keys, factors, d_head - i, y + i, y_stride);
 }
 
-template <class T>
-void attend_rows_typed(const float* q, int64_t q_stride, int64_t rows, CachedHead cached, const float* blocks,
-                       int64_t d_head, float* scores, float* y, int64_t y_stride) {
-  for (; rows >= kTogether; rows -= kTogether, cached.n_keys += kTogether) {
-    attend_some<kTogether, T>(q, q_stride, cached, blocks, d_head, scores, y, y_stride);
+void attend_rows(const float* q, int64_t q_stride, int64_t rows, const OpenHead& head, int64_t n_keys,
+                 int64_t d_head, float* scores, float* y, int64_t y_stride) {
+  for (; rows >= kTogether; rows -= kTogether, n_keys += kTogether) {
+    attend_some<kTogether>(q, q_stride, head, n_keys, d_head, scores, y, y_stride);
     q += kTogether * q_stride;
     y += kTogether * y_stride;
   }
-  for (; rows > 0; --rows, q += q_stride, y += y_stride, ++cached.n_keys)
-    attend_some<1, T>(q, q_stride, cached, blocks, d_head, scores, y, y_stride);
-}
-
-void attend_rows(const float* q, int64_t q_stride, int64_t rows, const CachedHead& cached, const float* blocks,
-                 int64_t d_head, float* scores, float* y, int64_t y_stride) {
-  switch (cached.stored) {
-    case Stored::kFloat:
-      return attend_rows_typed<float>(q, q_stride, rows, cached, blocks, d_head, scores, y, y_stride);
-    case Stored::kBf16:
-      return attend_rows_typed<uint16_t>(q, q_stride, rows, cached, blocks, d_head, scores, y, y_stride);
-    case Stored::kInt8:
-      return attend_rows_typed<int8_t>(q, q_stride, rows, cached, blocks, d_head, scores, y, y_stride);
-  }
+  for (; rows > 0; --rows, q += q_stride, y += y_stride, ++n_keys)
+    attend_some<1>(q, q_stride, head, n_keys, d_head, scores, y, y_stride);
 }
 
 }  // namespace

@@ -194,7 +194,7 @@ class Pass {
   void attend(const Layer& layer, int64_t l) {
     const int64_t per_group = m_.n_heads / m_.n_kv_heads, width = m_.n_heads * m_.d_head;
     const bool shared = r_.shared_keys() > 0 && layer.window == 0;
-    const void* transposed = nullptr;  // whose keys own_.keys has
+    const void* opened = nullptr;  // the keys of the head in own_
     share_heads(m_.n_heads, [&](int64_t head, int64_t first, int64_t end) {
       for (int64_t row = first, rows; row < end; row += rows) {
         const CachedHead seen = cached(layer, l, row, head / per_group);
@@ -202,11 +202,14 @@ class Pass {
         float* y = r_.attended + row * width + head * m_.d_head;
         if (shared) {
           const int64_t left = r_.rows_left(row);
-          if (seen.keys != transposed)
-            isa_.transpose_keys(cached(layer, l, row + left - 1, head / per_group), m_.d_head, own_.keys);
-          transposed = seen.keys;
+          if (seen.keys != opened)
+            isa_.open_head(cached(layer, l, row + left - 1, head / per_group), m_.d_head, own_.keys, own_.values);
+          opened = seen.keys;
           rows = std::min(left, end - row);
-          isa_.attend_rows(q, r_.n_qkv, rows, seen, own_.keys, m_.d_head, own_.scores, y, width);
+          const bool scaled = seen.stored == Stored::kInt8;
+          const OpenHead open{own_.keys, own_.values, scaled ? seen.key_scale : nullptr,
+                              scaled ? seen.value_scale : nullptr};
+          isa_.attend_rows(q, r_.n_qkv, rows, open, seen.n_keys, m_.d_head, own_.scores, y, width);
         } else {
           rows = 1;
           isa_.attend(q, seen, m_.d_head, own_.scores, y);

@@ -49,6 +49,13 @@ struct CachedHead {
   Stored stored;
 };
 
+// A head's keys and values in fp32, INT8 still without its scales.
+struct OpenHead {
+  const float* keys;          // [ceil(n_keys / 16)][d_head][16]
+  const float* values;        // [n_keys][d_head]
+  const float *key_scale, *value_scale;  // [n_keys], or null
+};
+
 // Quantised rows times 64 outputs of a weight.
 using Tile = void (*)(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
                       const Weight& weight, int64_t first, float* y, int64_t y_stride);
@@ -80,10 +87,12 @@ struct Isa {
   // of INT8 multiplies its key's score and its value's weight: once a position, not once a number.
   void (*attend)(const float* q, const CachedHead& cached, int64_t d_head, float* scores, float* y);
 
-  // The same for rows that follow each other, of which the first sees cached.n_keys keys; `blocks` are the keys of
-  // the last one, transposed. `scores` has room for kTogether rows of them, rounded up to whole blocks.
-  void (*transpose_keys)(const CachedHead& cached, int64_t d_head, float* blocks);
-  void (*attend_rows)(const float* q, int64_t q_stride, int64_t rows, const CachedHead& cached, const float* blocks,
+  // A head's keys and values made ready for many queries.
+  void (*open_head)(const CachedHead& cached, int64_t d_head, float* keys, float* values);
+
+  // `attend` for rows that follow each other, of which the first sees n_keys keys, the next one more; `scores` has
+  // room for kTogether rows of them, rounded up to whole blocks.
+  void (*attend_rows)(const float* q, int64_t q_stride, int64_t rows, const OpenHead& head, int64_t n_keys,
                       int64_t d_head, float* scores, float* y, int64_t y_stride);
 
   // y = x rounded to bf16, halves to even.

@@ -103,6 +103,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 }  // namespace
 
 const Isa kAvx2 = {quantize, tile, tile_w4_avx2, 0, rms_norm, add,
-                   rotate, attend, transpose_keys, attend_rows, narrow, gate};
+                   rotate, attend, open_head, attend_rows, narrow, gate};
 
 }  // namespace tinyllm

@@ -117,6 +117,6 @@ void tile(const int8_t* q, int64_t q_stride, const float* x_scale, int64_t rows,
 }  // namespace
 
 const Isa kAvx512Vnni = {quantize, tile, tile_w4_avx512vnni, 0x80, rms_norm, add,
-                         rotate, attend, transpose_keys, attend_rows, narrow, gate};
+                         rotate, attend, open_head, attend_rows, narrow, gate};
 
 }  // namespace tinyllm
