@@ -2,8 +2,6 @@
 // is that of the chosen instruction set.
 #include "decoder.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 
 #include "activations.h"
@@ -267,12 +265,4 @@ int tinyllm_decode(const Decoder* decoder, const Tokens* tokens, int64_t threads
     run_team(static_cast<int>(threads), run_pass, &rows);
   }
   return 0;
-}
-
-void tinyllm_large_pages(void* start, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  madvise(start, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // refused: small pages, as before
-#else
-  (void)start, (void)bytes;
-#endif
 }

@@ -57,7 +57,4 @@ struct Tokens {
 extern "C" {
 // Return 0, -1 where an argument is impossible, -2 without memory.
 int tinyllm_decode(const tinyllm::Decoder* decoder, const tinyllm::Tokens* tokens, int64_t threads);
-
-// Ask for large pages, [start, start + bytes): before memory is first written.
-void tinyllm_large_pages(void* start, int64_t bytes);
 }

@@ -5,9 +5,11 @@ as a custom operator, and decoding makes dozens per token. Inference only: no gr
 Dimensions: M rows, N outputs, K inputs.
 """
 
+import contextlib
 import ctypes
 import functools
 import logging
+import mmap
 import os
 from collections.abc import Callable
 from typing import Any
@@ -63,8 +65,6 @@ def load() -> tuple[Any, str]:
     library.tinyllm_pack_w4.argtypes = (pointer, pointer, integer, integer, pointer)
     library.tinyllm_linear.argtypes = (pointer, pointer, integer, pointer, integer)
     library.tinyllm_decode.argtypes = (pointer, pointer, integer)
-    library.tinyllm_large_pages.argtypes = (pointer, integer)
-    library.tinyllm_large_pages.restype = None
     library.tinyllm_adamw8bit.argtypes = (pointer, integer, integer)
     library.tinyllm_cross_entropy.argtypes = (pointer, integer)
     library.tinyllm_flash_forward.argtypes = (pointer, integer)
@@ -207,13 +207,18 @@ class Arena:
     """Memory for all weights of a model, one behind the other, in large pages where they exist.
 
     A page of 4 KB holds 64 lines: with small ones the processor looks up an address every 0.1 us.
+    Asked of the system itself: the C library may hand out what a freed tensor left, in pages that
+    are small and stay so.
     """
 
     def __init__(self, n_bytes: int) -> None:
-        memory = torch.empty(n_bytes + LARGE_PAGE, dtype=torch.int8)
+        pages = mmap.mmap(-1, n_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a system without them: small pages
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(pages, dtype=torch.int8)
         start = -memory.data_ptr() % LARGE_PAGE
         self._rest = memory[start : start + n_bytes]
-        load()[0].tinyllm_large_pages(self._rest.data_ptr(), n_bytes)
 
     def take(self, n_bytes: int) -> Tensor:
         """Return the next piece."""
