@@ -42,7 +42,7 @@ from tinyllm.params import build_params, read_yaml
 from tinyllm.tokenizer.tokenizer import Tokenizer
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
-OPSET, CHUNK, VOCAB_SIZE = 20, 32, 4096
+OPSET, CHUNK, VOCAB_SIZE, PASSAGE = 20, 32, 4096, 64
 Runner = OnnxModel | StaticModel
 
 
@@ -127,9 +127,9 @@ def parity(references: list[Reference], runner: Runner) -> dict[str, float]:
 def prompts_of(options: argparse.Namespace, vocab_size: int) -> list[list[int]]:
     """Return passages of the text, or random tokens."""
     if options.text is None:
-        return [list(row) for row in np.random.default_rng(1).integers(0, vocab_size, (4, 64))]
+        return [list(row) for row in np.random.default_rng(1).integers(0, vocab_size, (4, PASSAGE))]
     ids = Tokenizer.load(options.model).encode(options.text.read_text(encoding="utf-8"))
-    return cut_prompts([ids], 4, 64)
+    return cut_prompts([ids], 4, PASSAGE)
 
 
 def main() -> None:
@@ -146,8 +146,14 @@ def main() -> None:
         parser.error("--text needs the model directory whose tokenizer reads it")
     torch.set_num_threads(options.threads)
     model = load_model(options.model) if options.model else random_model(quick=options.quick)
+    new, longest = 40 if options.quick else 200, model.config.max_seq_len
+    if longest < PASSAGE + new or longest <= options.context:
+        parser.error(
+            f"model.max_seq_len: {longest} positions; passages need {PASSAGE + new},"
+            f" --context {options.context} one more than itself"
+        )
     prompts = prompts_of(options, model.config.vocab_size)[: 1 if options.quick else None]
-    references = build_references(model, prompts, 40 if options.quick else 200)
+    references = build_references(model, prompts, new)
     with tempfile.TemporaryDirectory() as folder:
         runners = open_all(model, Path(folder), options.threads)
         fast = speeds(runners, options.context, 16 if options.quick else options.rounds)
