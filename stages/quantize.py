@@ -32,14 +32,14 @@ def quantize() -> None:
     params, progress = load_params(Params, paths.PARAMS).quantize, console_progress()
     model, source = load_model(paths.LORA_MERGED), paths.LORA_MERGED
     val, train = (TokenShards.open(paths.TOKENS, split, None) for split in ("val", "train"))
-    seq_len = min(params.seq_len, model.config.max_seq_len)
+    seq_len, name = min(params.seq_len, model.config.max_seq_len), f"int{params.weight_bits}"
+    windows = {"seq_len": seq_len, "batch_tokens": BATCH_TOKENS}
     sample = read_windows(train.stream, params.calibration_tokens, seq_len)
 
     def val_bpb(candidate: Transformer) -> float:
-        sizes = {"seq_len": seq_len, "batch_tokens": BATCH_TOKENS}
-        return evaluate_stream(candidate, val, **sizes, precision="fp32").val_bpb
+        """Return the bits per byte of all held-out text."""
+        return evaluate_stream(candidate, val, **windows, precision="fp32").val_bpb
 
-    name = f"int{params.weight_bits}"
     inputs, copies = [source, paths.TOKENS], {name: source / name for name in COPIED}
     with build_artifact(
         paths.INT8, kind="int8", made_from=inputs, config=params, copies=copies

@@ -14,7 +14,7 @@ namespace {
 [[gnu::always_inline]] inline float largest(const float* x, int64_t n) {
   const float least = -__builtin_inff();
   Lanes most = Lanes{} + least;
-  for (int64_t i = 0; i < n; i += kLanes) most = larger(first_lanes(load_all(x + i), n - i, least), most);
+  for (int64_t i = 0; i < n; i += kLanes) most = larger(keep_first(load_all(x + i), n - i, least), most);
   Eight eight[2];
   __builtin_memcpy(eight, &most, sizeof most);
   eight[0] = eight[1] > eight[0] ? eight[1] : eight[0];
@@ -42,7 +42,7 @@ template <int ROWS>
     const int64_t n = n_keys - s;
     if (n < kLanes)
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) x[r] = first_lanes(x[r], n + r, 0.0f);
+      for (int r = 0; r < ROWS; ++r) x[r] = keep_first(x[r], n + r, 0.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       total[r] += x[r];

@@ -87,7 +87,7 @@ TINYLLM_LANES(/)
 }
 
 // The first n lanes, the rest replaced.
-[[gnu::always_inline]] inline Lanes first_lanes(Lanes x, int64_t n, float rest) {
+[[gnu::always_inline]] inline Lanes keep_first(Lanes x, int64_t n, float rest) {
   const EightInts lane = {0, 1, 2, 3, 4, 5, 6, 7};
   const auto count = static_cast<int32_t>(n < kLanes ? n : kLanes);
   return {lane < count ? x.low : Eight{} + rest, lane + 8 < count ? x.high : Eight{} + rest};

@@ -75,7 +75,7 @@ constexpr int kSlices = 4;
 #endif
 
 // The first n lanes, the rest replaced.
-[[gnu::always_inline]] inline Lanes first_lanes(Lanes x, int64_t n, float rest) {
+[[gnu::always_inline]] inline Lanes keep_first(Lanes x, int64_t n, float rest) {
   const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return lane < static_cast<int32_t>(n < kLanes ? n : kLanes) ? x : Lanes{} + rest;
 }
