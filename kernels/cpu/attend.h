@@ -10,6 +10,10 @@
 namespace tinyllm {
 namespace {
 
+// Brings a line into the second cache. Into the first one fewer are under way at once than memory needs: attention of a
+// token then took 40 instead of 23 us a layer on one thread, 21 instead of 18 on two (d 768).
+[[gnu::always_inline]] inline void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 // The largest number, whatever their order; NaN is not looked at. Whole vectors can be read.
 [[gnu::always_inline]] inline float largest(const float* x, int64_t n) {
   const float least = -__builtin_inff();
@@ -64,8 +68,8 @@ template <int SLICES, class T>
   for (; s + 2 <= n_keys; s += 2) {
     if (next != nullptr)
       for (int i = 0; i < SLICES * kLanes; i += kLine) {
-        __builtin_prefetch(next + s * stride + i);
-        __builtin_prefetch(next + (s + 1) * stride + i);
+        fetch(next + s * stride + i);
+        fetch(next + (s + 1) * stride + i);
       }
 #pragma GCC unroll 4
     for (int i = 0; i < SLICES; ++i) {
@@ -134,7 +138,7 @@ template <int64_t D, class T>
   for (; s + kLanes <= n_keys; s += kLanes) {
     for (int64_t key = s; key < s + kLanes; ++key)  // their values are wanted next
       for (int64_t line = 0; line < d_head; line += 64 / static_cast<int64_t>(sizeof(T)))
-        __builtin_prefetch(values + key * stride + line);
+        fetch(values + key * stride + line);
     Lanes some = dot_with_16(q, keys + s * stride, stride, d_head);
     if constexpr (is_int8) some *= load(cached.key_scale + s, kLanes);
     store(scores + s, some * scale, kLanes);
