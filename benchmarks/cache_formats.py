@@ -36,7 +36,7 @@ def full_cache(config: ModelConfig, name: str, context: int) -> KVCache:
     cache = KVCache(config, 1, context + 1, CACHES[name], "cpu")
     for part in (part for layer in cache.memory() for part in layer):
         part[:, :, :context] = torch.randn(1, *config.cached[:1], context, config.d_head)
-    cache.advance(context)
+    cache.reserve(context)
     return cache
 
 

@@ -11,6 +11,7 @@ import torch
 
 from tinyllm.inference.cache import KVCache
 from tinyllm.inference.generate import cache_dtype
+from tinyllm.inference.reader import Reader
 from tinyllm.model.sizes import ModelConfig
 from tinyllm.model.transformer import Transformer
 from tinyllm.quantization.int8 import quantize_model
@@ -59,8 +60,7 @@ class Ours:
     note = ""
 
     def __init__(self, model: Transformer) -> None:
-        self._model = model
-        self._cache = KVCache(model.config, 1, MAX_LEN, cache_dtype(model), "cpu")
+        self._read = Reader(model, KVCache(model.config, 1, MAX_LEN, cache_dtype(model), "cpu"))
 
     def set_threads(self, n: int) -> None:
         """See `Engine`."""
@@ -68,13 +68,12 @@ class Ours:
 
     def clear(self) -> None:
         """See `Engine`."""
-        self._cache.truncate(0)
+        self._read.cache.truncate(0)
 
     def read(self, ids: list[int]) -> Logits:
         """See `Engine`."""
-        with torch.inference_mode():
-            logits = self._model.next_logits(torch.tensor([ids]), self._cache)[0]
-        return logits.numpy() if logits.dtype is torch.float32 else logits.float().numpy()
+        logits: Logits = self._read(ids).float().numpy()[0]
+        return logits
 
 
 def build_engines(model: Transformer, folder: Path) -> dict[str, Engine | None]:

@@ -12,7 +12,7 @@ namespace tinyllm {
 namespace {
 
 constexpr int kPause = 1 << 12;      // looks at a barrier before sleeping, about 60 us
-constexpr int kIdlePause = 1 << 13;  // looks for new work: longer than Python needs between tokens
+constexpr int kIdlePause = 1 << 14;  // looks for new work, about 0.2 ms: longer than Python needs between tokens
 
 using Clock = std::chrono::steady_clock;
 constexpr Clock::duration kLate = std::chrono::milliseconds(1);  // a scheduler's slice is longer

@@ -46,8 +46,8 @@ def logits(model, dtype, device, *, with_step):
     prompt, rest = torch.tensor([IDS[:PROMPT]], device=device), IDS[PROMPT:]
     model.hidden(prompt, cache=cache)
     if with_step:
-        step = DecodeStep(model, cache)
-        return torch.cat([step(token).clone() for token in rest]).double()
+        step = DecodeStep(model, cache.memory())
+        return torch.cat([step(token, cache.reserve(1)).clone() for token in rest]).double()
     ids = torch.tensor(rest, device=device).view(-1, 1, 1)
     return torch.cat([model.next_logits(one, cache) for one in ids]).double()
 

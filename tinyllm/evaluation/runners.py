@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tinyllm.inference.cache import KVCache
 from tinyllm.inference.generate import cache_dtype
+from tinyllm.inference.reader import Reader
+from tinyllm.inference.sampling import likeliest
 from tinyllm.model.transformer import Transformer
 from tinyllm.quantization.load import load_any_model
 
@@ -42,7 +44,9 @@ class TorchRunner:
     def __init__(self, model: Transformer) -> None:
         self._model = model
         self.rope_cos = model.rope_cos
-        self._cache = self._new_cache()
+        config = model.config
+        cache = KVCache(config, 1, config.max_seq_len, cache_dtype(model), model.rope_cos.device)
+        self._read = Reader(model, cache)
 
     @classmethod
     def open(cls, directory: Path, dtype: torch.dtype | None, device: str) -> "TorchRunner":
@@ -59,34 +63,22 @@ class TorchRunner:
                 parameter.data = parameter.data.to(dtype)
         return cls(model)
 
-    @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> int:
         """Pass the prompt; only its last position goes through the head."""
-        self._cache = self._new_cache()
-        return self._next(ids, self._cache)
+        self._read.cache.truncate(0)
+        return likeliest(self._read(ids).float())[0]
 
-    @torch.inference_mode()
     def decode(self, token: int) -> int:
         """Pass one token."""
-        return self._next([token], self._cache)
+        return likeliest(self._read([token]).float())[0]
 
     @torch.inference_mode()
     def full(self, ids: Sequence[int]) -> int:
         """Pass everything again."""
-        return self._next(ids, None)
+        ids_1T = torch.tensor([ids], device=self.rope_cos.device)
+        return int(self._model.next_logits(ids_1T).argmax())
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
         """Return the logits."""
         logits: Tensor = self._model(ids_BT)
         return logits
-
-    def _next(self, ids: Sequence[int], cache: KVCache | None) -> int:
-        """Return the likeliest token; reading it waits for the device."""
-        ids_1T = torch.tensor([ids], device=self.rope_cos.device)
-        return int(self._model.next_logits(ids_1T, cache).argmax())
-
-    def _new_cache(self) -> KVCache:
-        """Return an empty cache as long as the model's context."""
-        config = self._model.config
-        dtype = cache_dtype(self._model)
-        return KVCache(config, 1, config.max_seq_len, dtype, self.rope_cos.device)

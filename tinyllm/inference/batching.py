@@ -16,6 +16,7 @@ from tinyllm.inference.prefix import Prefix
 from tinyllm.inference.sampling import (
     SamplingParams,
     TokenLogprob,
+    likeliest,
     next_logits,
     token_logprob,
 )
@@ -34,12 +35,19 @@ class Request(Job):
     """How many alternatives are told per token; None: no logprobs at all."""
     guide: Guide | None = None
     """Which tokens its answer may have; None: all."""
+    filters: SamplingParams = field(init=False)
+    """`sampling` without what is the request's alone: those who share it are sampled together."""
     reason: StopReason | None = field(default=None, init=False)
     """Why it ended; None before that and when it was cancelled."""
     generator: torch.Generator | None = field(default=None, init=False)
     """Its own source of draws, made when it gets a slot; greedy requests need none."""
     seen: Tensor | None = field(default=None, init=False)
     """Tokens that occurred, kept only for the repetition penalty."""
+
+    def __post_init__(self) -> None:
+        """Begin as every job does."""
+        Job.__post_init__(self)  # `super()` would be the class before it got slots
+        self.filters = replace(self.sampling, seed=0, max_new_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,16 +210,14 @@ class Engine:
         """Return a token per request; those with the same filters go through them together."""
         groups: dict[SamplingParams, list[int]] = {}
         for i, request in enumerate(requests):
-            key = replace(request.sampling, seed=0, max_new_tokens=1)
-            groups.setdefault(key, []).append(i)
+            groups.setdefault(request.filters, []).append(i)
         tokens = [0] * len(requests)
         for sampling, members in groups.items():
-            rows_BV = logits_BV[members]
+            rows_BV = logits_BV[members] if len(groups) > 1 else logits_BV
             seen = [seen_V for i in members if (seen_V := requests[i].seen) is not None]
-            seen_BV = torch.stack(seen) if seen else rows_BV  # not looked at without a penalty
-            filtered_BV = next_logits(rows_BV, seen_BV, sampling)
+            filtered_BV = next_logits(rows_BV, torch.stack(seen) if seen else None, sampling)
             if sampling.temperature == 0:
-                chosen = filtered_BV.argmax(-1).tolist()
+                chosen = likeliest(filtered_BV)
             else:
                 chosen = [
                     int(torch.multinomial(p_V, 1, generator=requests[i].generator))

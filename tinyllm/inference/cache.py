@@ -12,7 +12,7 @@ from torch import Tensor
 from tinyllm.errors import DataError
 from tinyllm.inference.stored import Stored, make_room
 from tinyllm.model.sizes import ModelConfig
-from tinyllm.ops.decoder import Room
+from tinyllm.ops.decoder import Room, RoomyCache
 
 
 class LayerKV:
@@ -37,7 +37,7 @@ class LayerKV:
         return self._k[:, :, :end].to(k_BGTK.dtype), self._v[:, :, :end].to(v_BGTK.dtype)
 
 
-class KVCache:
+class KVCache(RoomyCache):
     """A `model.transformer.Cache` for sequences of at most `max_len` positions."""
 
     def __init__(
@@ -99,10 +99,19 @@ class KVCache:
         Raises:
             DataError: as `plan`.
         """
+        start = self.reserve(n_tokens)
+        return make_room(self._k, self._v, [start] * self._k.numbers.shape[1])
+
+    def reserve(self, n_tokens: int) -> int:
+        """Count the next positions as stored, whoever writes them; return the first.
+
+        Raises:
+            DataError: as `plan`.
+        """
         start, end = self.length, self._end(n_tokens)
         for layer in self.layers:
             layer.length = end
-        return make_room(self._k, self._v, [start] * self._k.numbers.shape[1])
+        return start
 
     def _end(self, n_tokens: int) -> int:
         """Return the length with the next tokens, which have to fit."""
@@ -117,11 +126,6 @@ class KVCache:
     def memory(self) -> list[tuple[Stored, Stored]]:
         """Return each layer's keys and values with all positions that there is room for."""
         return [layer.memory for layer in self.layers]
-
-    def advance(self, n_tokens: int) -> None:
-        """Count positions that were written into `memory`."""
-        for layer in self.layers:
-            layer.length += n_tokens
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on; their memory is written again."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tinyllm.errors import DataError
 from tinyllm.inference.cache import KVCache
 from tinyllm.inference.generate import cache_dtype
+from tinyllm.inference.reader import Reader
 from tinyllm.inference.sampling import SamplingParams, token_odds
 from tinyllm.inference.scheduler import shared_start
 from tinyllm.model.transformer import Transformer
@@ -63,23 +64,21 @@ class ModelDraft:
             model: in evaluation mode.
             sampling: that of the text; guesses are drawn alike, with draws of their own.
         """
-        self._model = model
         self._sampling = replace(sampling, repetition_penalty=1.0)
-        self._device = model.rope_cos.device
-        self._generator = torch.Generator(self._device).manual_seed(sampling.seed + 1)
+        self._generator = torch.Generator(model.rope_cos.device).manual_seed(sampling.seed + 1)
         longest = model.config.max_seq_len
-        self._cache = KVCache(model.config, 1, longest, cache_dtype(model), self._device)
+        cache = KVCache(model.config, 1, longest, cache_dtype(model), model.rope_cos.device)
+        self._reader = Reader(model, cache)
         self._cached: list[int] = []
 
     def propose(self, ids: Sequence[int], n: int) -> tuple[list[int], Tensor | None]:
         """Return n guesses, drawn one after the other; fewer at the end of its context."""
         same = min(shared_start(self._cached, ids), len(ids) - 1)
-        self._cache.truncate(same)
+        cache = self._reader.cache
+        cache.truncate(same)
         new, guesses, odds = list(ids[same:]), [], []
-        for _ in range(min(n, self._cache.max_len - len(ids) + 1)):
-            hidden = self._model.hidden(torch.tensor([new], device=self._device), cache=self._cache)
-            logits_1V = self._model.head(hidden[:, -1])
-            odds_1V = token_odds(logits_1V, logits_1V, self._sampling)  # no penalty: seen is unused
+        for _ in range(min(n, cache.max_len - len(ids) + 1)):
+            odds_1V = token_odds(self._reader(new), None, self._sampling)
             token = int(torch.multinomial(odds_1V, 1, generator=self._generator))
             guesses.append(token)
             odds.append(odds_1V)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinyllm.errors import DataError
 from tinyllm.inference.cache import KVCache
-from tinyllm.inference.graph import DecodeStep
+from tinyllm.inference.reader import Reader
 from tinyllm.inference.sampling import SamplingParams, sample
 from tinyllm.model.transformer import Transformer
 
@@ -39,23 +39,24 @@ class Generation(Iterator[int]):
         self._n_prompt, self._ids = len(prompt_ids), list(prompt_ids)
         self._device = model.rope_cos.device
         self._generator = torch.Generator(self._device).manual_seed(sampling.seed)
-        self._seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self._device)
-        self._seen[0, torch.tensor(self._ids)] = True
-        self._cache: KVCache | None = None
-        self._step: DecodeStep | None = None
+        self._seen: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            size = 1, model.config.vocab_size
+            self._seen = torch.zeros(size, dtype=torch.bool, device=self._device)
+            self._seen[0, torch.tensor(self._ids)] = True
+        self._reader: Reader | None = None
         if use_cache:
             longest = min(model.config.max_seq_len, len(self._ids) + sampling.max_new_tokens)
-            self._cache = KVCache(model.config, 1, longest, cache_dtype(model), self._device)
-            if self._device.type == "cuda":  # only cards replay graphs
-                self._step = DecodeStep(model, self._cache)
+            cache = KVCache(model.config, 1, longest, cache_dtype(model), self._device)
+            self._reader = Reader(model, cache)
 
     def __next__(self) -> int:
         if self.reason is None:
             self.reason = self._full()
         if self.reason is not None:
             raise StopIteration
-        with torch.inference_mode():
-            token = self._choose()
+        token = self._choose()
+        if self._seen is not None:
             self._seen[0, token] = True
         if token in self._stop_ids:
             self.reason = "stop"
@@ -65,7 +66,7 @@ class Generation(Iterator[int]):
 
     def _choose(self) -> int:
         """Return the next token, from one pass."""
-        return int(sample(self._logits(), self._seen, self._sampling, self._generator))
+        return sample(self._logits(), self._seen, self._sampling, self._generator)[0]
 
     def _full(self) -> StopReason | None:
         """Return the limit that is reached, if one is."""
@@ -75,11 +76,10 @@ class Generation(Iterator[int]):
 
     def _logits(self) -> Tensor:
         """Return the logits after the last token, (1, V): only new tokens pass a cached model."""
-        start = self._cache.length if self._cache else 0
-        if self._step is not None and 0 < start == len(self._ids) - 1:
-            return self._step(self._ids[-1])
-        ids = torch.tensor([self._ids[start:]], device=self._device)
-        return self._model.next_logits(ids, self._cache)
+        if self._reader is not None:
+            return self._reader(self._ids[self._reader.cache.length :])
+        with torch.inference_mode():
+            return self._model.next_logits(torch.tensor([self._ids], device=self._device))
 
 
 def generate(

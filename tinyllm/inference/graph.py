@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tinyllm.inference.cache import KVCache
 from tinyllm.inference.stored import Stored
 from tinyllm.model.transformer import Transformer
 
@@ -20,32 +19,26 @@ WARM_UP = 2
 
 
 class DecodeStep:
-    """A captured step behind what a `KVCache` holds; both share its memory."""
+    """A captured step in the memory of a `KVCache`."""
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
-        device = model.rope_cos.device
+    def __init__(self, model: Transformer, memory: Sequence[tuple[Stored, Stored]]) -> None:
+        self._model, device = model, model.rope_cos.device
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self._fixed = _FixedCache(cache.memory(), device)
+        self._fixed = _FixedCache(memory, device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
-    def __call__(self, token: int) -> Tensor:
-        """Return the logits after one more token, (1, V); the next call writes over them.
-
-        Raises:
-            DataError: the cache is full.
-        """
-        self._cache.plan(1)  # refuses where there is no room
+    @torch.inference_mode()
+    def __call__(self, token: int, position: int) -> Tensor:
+        """Read a token; return the logits after it, (1, V), which the next call writes over."""
         self._token.fill_(token)
-        self._fixed.position.fill_(self._cache.length)
+        self._fixed.position.fill_(position)
         if not self._token.is_cuda:
             self._logits = self._run()
         elif self._graph is None:
             self._graph = self._capture()
         if self._graph is not None:
             self._graph.replay()
-        self._cache.advance(1)
         assert self._logits is not None
         return self._logits
 

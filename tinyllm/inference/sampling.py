@@ -87,10 +87,10 @@ def keep_min_p(logits_BV: Tensor, min_p: float) -> Tensor:
     return logits_BV.masked_fill(probabilities < least, -torch.inf)
 
 
-def next_logits(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> Tensor:
+def next_logits(logits_BV: Tensor, seen_BV: Tensor | None, params: SamplingParams) -> Tensor:
     """Return the logits that are sampled from, in fp32: every filter of `params` applied."""
     logits = logits_BV.float()
-    if params.repetition_penalty != 1:
+    if seen_BV is not None and params.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen_BV, params.repetition_penalty)
     if params.temperature > 0:
         logits = logits / params.temperature
@@ -103,7 +103,7 @@ def next_logits(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> T
     return logits
 
 
-def token_odds(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> Tensor:
+def token_odds(logits_BV: Tensor, seen_BV: Tensor | None, params: SamplingParams) -> Tensor:
     """Return the probabilities that `sample` draws from, (B, V); greedy: 1 for the likeliest."""
     logits = next_logits(logits_BV, seen_BV, params)
     if params.temperature == 0:
@@ -112,20 +112,31 @@ def token_odds(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> Te
 
 
 def sample(
-    logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams, generator: torch.Generator
-) -> Tensor:
-    """Return the next token of each row, (B,) int64; greedy when the temperature is 0.
+    logits_BV: Tensor,
+    seen_BV: Tensor | None,
+    params: SamplingParams,
+    generator: torch.Generator,
+) -> list[int]:
+    """Return the next token of each of B rows; greedy when the temperature is 0.
 
     Args:
         logits_BV: of the last position.
-        seen_BV: True for tokens that already occurred; read only with a repetition penalty.
+        seen_BV: True for tokens that already occurred; None where there is no repetition penalty.
         params: how to choose.
         generator: the source of the draws, on the device of the logits.
     """
     logits = next_logits(logits_BV, seen_BV, params)
     if params.temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        return likeliest(logits)
+    tokens: list[int] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
+    return tokens
+
+
+def likeliest(logits_BV: Tensor) -> list[int]:
+    """Return the likeliest token of each row; logits on a processor are fp32."""
+    rows = logits_BV if logits_BV.is_cuda else logits_BV.numpy()  # 0.01 ms, torch 0.12: (16, 8192)
+    tokens: list[int] = rows.argmax(-1).tolist()
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyllm.inference.stored import Stored, make_room
 from tinyllm.model.sizes import ModelConfig
-from tinyllm.ops.decoder import Room
+from tinyllm.ops.decoder import Room, RoomyCache
 
 
 class SlotCache:
@@ -53,7 +53,7 @@ class SlotCache:
         return self._k[:, slot, :, :n].clone(), self._v[:, slot, :, :n].clone()
 
 
-class SlotRows:
+class SlotRows(RoomyCache):
     """A `model.transformer.Cache` for one pass."""
 
     def __init__(self, k_LBGSK: Stored, v_LBGSK: Stored, starts: Sequence[int]) -> None:

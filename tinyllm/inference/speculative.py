@@ -116,9 +116,10 @@ class Speculation(Generation):
 
     def _pass(self) -> list[int]:
         """Return the tokens of one pass of the model, at least one."""
-        assert self._cache is not None
-        started_s, is_prompt = self._clock(), self._cache.length == 0
-        room = min(self._n_draft, self._cache.max_len - len(self._ids))
+        assert self._reader is not None
+        cache = self._reader.cache
+        started_s, is_prompt = self._clock(), cache.length == 0
+        room = min(self._n_draft, cache.max_len - len(self._ids))
         guesses: list[int] = []
         odds_TV: Tensor | None = None
         if self.payoff.is_on and not is_prompt and room > 0:
@@ -137,17 +138,21 @@ class Speculation(Generation):
 
     def _check(self, guesses: list[int], odds_TV: Tensor | None) -> list[int]:
         """Return the guesses that stand, and the model's own token behind them."""
-        assert self._cache is not None
-        new = [*self._ids[self._cache.length :], *guesses]
-        hidden = self._model.hidden(torch.tensor([new], device=self._device), cache=self._cache)
-        logits_TV = self._model.head(hidden[0, -len(guesses) - 1 :])
+        assert self._reader is not None
+        cache = self._reader.cache
+        new = [*self._ids[cache.length :], *guesses]
+        with torch.inference_mode():
+            hidden = self._model.hidden(torch.tensor([new], device=self._device), cache=cache)
+            logits_TV = self._model.head(hidden[0, -len(guesses) - 1 :])
         odds = token_odds(logits_TV, self._seen_with(guesses), self._sampling)
         tokens = accept(odds, guesses, odds_TV, self._generator)
-        self._cache.truncate(len(self._ids) + len(tokens) - 1)
+        cache.truncate(len(self._ids) + len(tokens) - 1)
         return tokens
 
-    def _seen_with(self, guesses: list[int]) -> Tensor:
+    def _seen_with(self, guesses: list[int]) -> Tensor | None:
         """Return which tokens occurred before each of the checked positions, (T + 1, V)."""
+        if self._seen is None:
+            return None
         seen = self._seen.repeat(len(guesses) + 1, 1)
         for i, token in enumerate(guesses):
             seen[i + 1 :, token] = True

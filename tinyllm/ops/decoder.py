@@ -7,6 +7,7 @@ heads, K head width, V vocabulary.
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,20 @@ class Room:
     """How many positions each of the B sequences has already."""
 
 
+class RoomyCache:
+    """A cache that tells where its numbers lie.
+
+    No Protocol: every token asks whether an object is one, and a base class answers at once.
+    """
+
+    dtype: torch.dtype
+    """Of the stored numbers."""
+
+    def make_room(self, n_tokens: int) -> Room:
+        """Return the memory for `n_tokens` more positions per sequence, which count as stored."""
+        raise NotImplementedError
+
+
 class _Layer(ctypes.Structure):
     """`tinyllm::Layer` of kernels/cpu/decoder.h."""
 
@@ -171,26 +186,27 @@ class Decoder:
         self._pass(ids_BT, room, None, logits)
         return logits
 
+    def of_sequence(self, room: Room) -> "SequenceDecoder":
+        """Return what reads one sequence, whose room this is."""
+        return SequenceDecoder(self, room, torch.empty(1, self._n_vocabulary))
+
     def _pass(self, ids: Tensor, room: Room, hidden: Tensor | None, logits: Tensor | None) -> None:
         """Let the library write into what is not None."""
-        n_sequences, n_tokens = ids.shape
-        layer, sequence, head, position, _ = room.keys.stride()
-        key_scale, value_scale = room.scales or (None, None)
-        end = max(room.starts) + n_tokens
-        if end > min(room.keys.shape[3], self._n_positions) or len(room.starts) != n_sequences:
-            raise IndexError(f"{end} positions of {len(room.starts)} sequences do not fit")
         ids = ids.contiguous()
-        starts = (ctypes.c_int64 * n_sequences)(*room.starts)
-        tokens = _Tokens(
-            *(ids.data_ptr(), ctypes.addressof(starts)),
-            *(room.keys.data_ptr(), room.values.data_ptr()),
-            *(None if scale is None else scale.data_ptr() for scale in (key_scale, value_scale)),
-            *(layer, sequence, head, position),
-            CACHED.index(room.keys.dtype),
-            None if hidden is None else hidden.data_ptr(),
-            None if logits is None else logits.data_ptr(),
-            *(n_sequences, n_tokens),
-        )
+        starts = (ctypes.c_int64 * len(room.starts))(*room.starts)
+        tokens = _tokens(room, ids.data_ptr(), ctypes.addressof(starts), hidden, logits)
+        tokens.n_sequences, tokens.n_tokens = ids.shape
+        end = max(room.starts) + tokens.n_tokens
+        if end > self.n_positions(room) or len(room.starts) != tokens.n_sequences:
+            raise IndexError(f"{end} positions of {len(room.starts)} sequences do not fit")
+        self.run(tokens)
+
+    def n_positions(self, room: Room) -> int:
+        """Return how many positions a sequence can have."""
+        return min(room.keys.shape[3], self._n_positions)
+
+    def run(self, tokens: _Tokens) -> None:
+        """Make a pass whose positions fit."""
         threads = self._threads or torch.get_num_threads()
         if self._run(self._address, ctypes.addressof(tokens), threads):
             raise IndexError(f"a token is not one of {self._n_vocabulary}")
@@ -213,6 +229,53 @@ class Decoder:
         linear = cpu.PackedLinear(*weight, self._arena)
         self._memory.append(linear)
         return linear.address
+
+
+class SequenceDecoder:
+    """A decoder and one sequence's memory: the call is prepared once, a token only changes it."""
+
+    def __init__(self, decoder: Decoder, room: Room, logits_1V: Tensor) -> None:
+        self._decoder, self._room, self._logits_1V = decoder, room, logits_1V
+        self._start = ctypes.c_int64()
+        self._tokens = _tokens(room, 0, ctypes.addressof(self._start), None, logits_1V)
+        self._tokens.n_sequences = 1
+        self._n_positions = decoder.n_positions(room)
+
+    def logits(self, ids: Sequence[int], start: int) -> Tensor:
+        """Return the logits after the last token, (1, V), which the next call writes over.
+
+        Args:
+            ids: new tokens.
+            start: how many positions there are already.
+
+        Raises:
+            IndexError: as `Decoder.logits`.
+        """
+        if not 0 < len(ids) <= self._n_positions - start:
+            raise IndexError(f"{len(ids)} tokens do not fit behind {start} of {self._n_positions}")
+        numbers = array("q", ids)
+        self._tokens.ids, self._tokens.n_tokens = numbers.buffer_info()
+        self._start.value = start
+        self._decoder.run(self._tokens)
+        return self._logits_1V
+
+
+def _tokens(
+    room: Room, ids: int, starts: int, hidden: Tensor | None, logits: Tensor | None
+) -> _Tokens:
+    """Return a call that lacks its numbers of sequences and tokens; two arguments are addresses."""
+    layer, sequence, head, position, _ = room.keys.stride()
+    return _Tokens(
+        *(ids, starts, room.keys.data_ptr(), room.values.data_ptr()),
+        *(scale.data_ptr() for scale in room.scales or ()),
+        layer_stride=layer,
+        sequence_stride=sequence,
+        head_stride=head,
+        position_stride=position,
+        stored=CACHED.index(room.keys.dtype),
+        hidden=None if hidden is None else hidden.data_ptr(),
+        logits=None if logits is None else logits.data_ptr(),
+    )
 
 
 def no_decoder(weights: DecoderWeights) -> None:

@@ -6,7 +6,7 @@ in another order, so outputs agree to fp32 rounding and now and then one INT8 st
 Dimensions: B sequences, T new tokens, D width, V vocabulary.
 """
 
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,18 @@ from tinyllm.model.attention import Attention
 from tinyllm.model.ffn import SwiGLU
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.transformer import Block, Cache, Transformer
-from tinyllm.ops.decoder import CACHED, Decoder, DecoderWeights, LayerWeights, Room
+from tinyllm.ops.decoder import (
+    CACHED,
+    Decoder,
+    DecoderWeights,
+    LayerWeights,
+    RoomyCache,
+    SequenceDecoder,
+)
 from tinyllm.ops.registry import select
 from tinyllm.quantization.layers import Int8Embedding, Prepared, QuantizedLinear
 
 NOT_HERE = "layer by layer"
-
-
-@runtime_checkable
-class RoomyCache(Protocol):
-    """A cache that tells where its numbers lie."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored numbers."""
-
-    def make_room(self, n_tokens: int) -> Room:
-        """Return the memory for `n_tokens` more positions per sequence, which count as stored."""
 
 
 class QuantizedTransformer(Prepared, Transformer):
@@ -58,7 +53,12 @@ class QuantizedTransformer(Prepared, Transformer):
             return super().next_logits(ids_BT, cache)
         return decoder.logits(ids_BT, cast(RoomyCache, cache).make_room(ids_BT.shape[1]))
 
-    def _decoder(self, cache: Cache | None) -> Decoder | None:
+    def sequence_decoder(self, cache: RoomyCache) -> SequenceDecoder | None:
+        """Return what fills the cache of one sequence, None where it is done layer by layer."""
+        decoder = self._decoder(cache)
+        return None if decoder is None else decoder.of_sequence(cache.make_room(0))
+
+    def _decoder(self, cache: Cache | RoomyCache | None) -> Decoder | None:
         """Return what fills a cache in one call, None where it is done layer by layer."""
         if not isinstance(cache, RoomyCache) or cache.dtype not in CACHED:
             return None
