@@ -45,9 +45,10 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
   __m512i sums[ROWS][BLOCKS];
 #pragma GCC unroll 4
   for (int b = 0; b < BLOCKS; ++b) {
-    const __m512i start = _mm512_loadu_si512(w.offset + j + b * kLanes);
+    __builtin_prefetch(w.offset + j + b * kLanes);
+    __builtin_prefetch(w.scale + j + b * kLanes);
 #pragma GCC unroll 6
-    for (int r = 0; r < ROWS; ++r) sums[r][b] = start;
+    for (int r = 0; r < ROWS; ++r) sums[r][b] = _mm512_setzero_si512();
   }
   int64_t group = 0;
   // One row is multiplied faster than memory brings the weights: the 320 instructions that Zen 4 has under way would
@@ -80,9 +81,10 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
   for (int b = 0; b < BLOCKS; ++b) {
     const __mmask16 lanes = first_lanes(w.n - j - b * kLanes);
     const __m512 scale = _mm512_loadu_ps(w.scale + j + b * kLanes);
+    const __m512i offset = _mm512_loadu_si512(w.offset + j + b * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
-      const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][b]), _mm512_set1_ps(x_scale[r]));
+      const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums[r][b], offset)), _mm512_set1_ps(x_scale[r]));
       store_lanes(y + r * y_stride + b * kLanes, _mm512_mul_ps(sum, scale), lanes);
     }
   }
