@@ -51,3 +51,14 @@ def test_quick_ends_in_time_with_one_json_object(name, tmp_path):
     if name == "decode":
         logits = [row["logits"] for row in json.loads(last).values()]
         assert all(x < 0.15 for row in logits for key, x in row.items() if key.endswith("off"))
+
+
+def test_a_context_that_is_too_long_for_the_model_is_one_line():
+    command = [sys.executable, str(FOLDER / "onnx_static.py"), "--quick", "--context", "99999"]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    *usage, last = done.stderr.splitlines()
+    assert usage[0].startswith("usage:")
+    assert "max_seq_len" in last
+    assert "--context 99999 one more than itself" in last

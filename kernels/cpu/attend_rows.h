@@ -44,8 +44,8 @@ template <int SIDE>
   for (int i = 0; i < 8; ++i) {
     if (i & SIDE) continue;
     const Eight a = rows[i], b = rows[i + SIDE];
-    rows[i] = __builtin_shuffle(a, b, upper);
-    rows[i + SIDE] = __builtin_shuffle(a, b, lower);
+    rows[i] = shuffle(a, b, upper);
+    rows[i + SIDE] = shuffle(a, b, lower);
   }
 }
 

@@ -75,15 +75,13 @@ template <class S>
       y[4 * j + 2 + i] = _mm512_shuffle_i32x4(x[8 * i + j], x[8 * i + 4 + j], 0xdd);
     }
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const __m512i *even = y + 4 * j, *odd = y + 4 * j + 2;
-      _mm512_storeu_si512(to + (j + 8 * i) * to_row,
-                          _mm512_shuffle_i32x4(even[0], even[1], i ? 0xdd : 0x88));
-      _mm512_storeu_si512(to + (j + 4 + 8 * i) * to_row,
-                          _mm512_shuffle_i32x4(odd[0], odd[1], i ? 0xdd : 0x88));
-    }
+  for (int j = 0; j < 4; ++j) {
+    const __m512i *even = y + 4 * j, *odd = y + 4 * j + 2;
+    _mm512_storeu_si512(to + j * to_row, _mm512_shuffle_i32x4(even[0], even[1], 0x88));
+    _mm512_storeu_si512(to + (j + 4) * to_row, _mm512_shuffle_i32x4(odd[0], odd[1], 0x88));
+    _mm512_storeu_si512(to + (j + 8) * to_row, _mm512_shuffle_i32x4(even[0], even[1], 0xdd));
+    _mm512_storeu_si512(to + (j + 12) * to_row, _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd));
+  }
 #else
   for (int64_t j = 0; j < S::kLanes; ++j)
     for (int64_t i = 0; i < S::kLanes; ++i) to[j * to_row + i] = from[i * from_row + j];

@@ -4,6 +4,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "shuffle.h"
 #include "w8a8.h"
 
 namespace tinyllm {
@@ -112,7 +113,7 @@ template <int STRIDE>
       partner[i] = i ^ STRIDE;
       flip[i] = i & STRIDE ? INT32_MIN : 0;  // the sign bit
     }
-    return __builtin_shuffle(half, partner) + (Eight)((EightInts)half ^ flip);
+    return shuffle(half, half, partner) + (Eight)((EightInts)half ^ flip);
   };
   for (int i = 0; i < 2; ++i) {
     const Lanes both = x[i];

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #endif
 
+#include "shuffle.h"
 #include "w8a8.h"
 
 namespace tinyllm {
@@ -97,7 +98,7 @@ template <int STRIDE>
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    const Lanes other = __builtin_shuffle(x[i], partner);
+    const Lanes other = shuffle(x[i], x[i], partner);
 #ifdef __AVX512F__  // the product is exact
     x[i] = (Lanes)_mm512_fmadd_ps((__m512)x[i], (__m512)sign, (__m512)other);
 #else

@@ -188,3 +188,5 @@ def test_a_layer_skipped_model_shares_its_weights():
     for n in (0, 2):
         with pytest.raises(DataError, match=f"draft: {n} layers of 2"):
             first_layers(model, n)
+    with pytest.raises(DataError, match="0 layers of 1 make no cheaper model; choose another"):
+        first_layers(draft, 0)

@@ -95,11 +95,10 @@ def first_layers(model: Transformer, n_layers: int) -> Transformer:
     Raises:
         DataError: it does not have more layers than that.
     """
-    if not 0 < n_layers < model.config.n_layers:
-        raise DataError(
-            f"draft: {n_layers} layers of {model.config.n_layers} make no cheaper model; take 1 to"
-            f" {model.config.n_layers - 1}"
-        )
+    n_all = model.config.n_layers
+    if not 0 < n_layers < n_all:
+        advice = f"take 1 to {n_all - 1}" if n_all > 1 else "choose another draft"
+        raise DataError(f"draft: {n_layers} layers of {n_all} make no cheaper model; {advice}")
     draft = copy.copy(model)
     draft._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[:n_layers])}
     draft.config = replace(model.config, n_layers=n_layers)
