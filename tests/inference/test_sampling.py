@@ -13,6 +13,7 @@ from transformers import (
 
 from tinyllm.inference.sampling import (
     SamplingParams,
+    draw,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -44,6 +45,20 @@ def test_top_p_equals_transformers(p):
     for seed in range(5):
         logits = random_logits(seed)
         assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(IDS, logits))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("vocab", [300, 6000])
+def test_top_p_keeps_the_fewest_tokens(vocab, p):
+    """Where a few, some or many hold so much; sums of 6000 fp32 numbers are right to 2e-6."""
+    for spread in (0.1, 1.0, 9.0):
+        logits = random_logits(vocab=vocab) * spread / 3
+        odds, kept = logits.double().softmax(-1), keep_top_p(logits, p).isfinite()
+        for odds_V, kept_V in zip(odds, kept, strict=True):
+            held, least = odds_V[kept_V].sum(), odds_V[kept_V].min()
+            assert held > p - 2e-6
+            assert held - least < p + 2e-6
+            assert odds_V[~kept_V].numel() == 0 or odds_V[~kept_V].max() <= least
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
@@ -99,6 +114,13 @@ def test_draws_follow_the_probabilities_and_the_seed():
     shares = torch.tensor(first).bincount(minlength=4) / 20000
     # 4 sigma of a binomial with n = 20000, p = 0.4 is 0.014
     assert (shares - torch.tensor([0.1, 0.2, 0.3, 0.4])).abs().max() < 0.014
+
+
+def test_what_has_no_odds_is_never_drawn():
+    odds = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0]]).expand(20000, 5)
+    shares = torch.tensor(draw(odds, torch.Generator())).bincount(minlength=5) / 20000
+    assert shares[[0, 2, 4]].tolist() == [0, 0, 0]
+    assert abs(shares[1] - 0.75) < 4 * (0.75 * 0.25 / 20000) ** 0.5  # 4 sigma
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tinyllm.inference.prefix import Prefix
 from tinyllm.inference.sampling import (
     SamplingParams,
     TokenLogprob,
+    draw,
     likeliest,
     next_logits,
     token_logprob,
@@ -220,8 +221,8 @@ class Engine:
                 chosen = likeliest(filtered_BV)
             else:
                 chosen = [
-                    int(torch.multinomial(p_V, 1, generator=requests[i].generator))
-                    for i, p_V in zip(members, filtered_BV.softmax(-1), strict=True)
+                    draw(p_1V, requests[i].generator)[0]
+                    for i, p_1V in zip(members, filtered_BV.softmax(-1)[:, None], strict=True)
                 ]
             for i, token in zip(members, chosen, strict=True):
                 tokens[i] = token

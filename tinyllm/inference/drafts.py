@@ -12,7 +12,7 @@ from tinyllm.errors import DataError
 from tinyllm.inference.cache import KVCache
 from tinyllm.inference.generate import cache_dtype
 from tinyllm.inference.reader import Reader
-from tinyllm.inference.sampling import SamplingParams, token_odds
+from tinyllm.inference.sampling import SamplingParams, draw, token_odds
 from tinyllm.inference.scheduler import shared_start
 from tinyllm.model.transformer import Transformer
 
@@ -79,7 +79,7 @@ class ModelDraft:
         new, guesses, odds = list(ids[same:]), [], []
         for _ in range(min(n, cache.max_len - len(ids) + 1)):
             odds_1V = token_odds(self._reader(new), None, self._sampling)
-            token = int(torch.multinomial(odds_1V, 1, generator=self._generator))
+            token = draw(odds_1V, self._generator)[0]
             guesses.append(token)
             odds.append(odds_1V)
             new = [token]

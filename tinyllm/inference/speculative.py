@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinyllm.inference.drafts import Draft
 from tinyllm.inference.generate import Generation, check_prompt
-from tinyllm.inference.sampling import SamplingParams, token_odds
+from tinyllm.inference.sampling import SamplingParams, draw, token_odds
 from tinyllm.model.transformer import Transformer
 
 PLAIN_TOKENS, DRAFT_ROUNDS, LONGEST_PAUSE = 4, 3, 256
@@ -217,5 +217,5 @@ def accept(
             rest_V[guess] = 0
         else:
             rest_V = (p_V - draft_TV[i]).clamp(min=0)
-        return [*taken, int(torch.multinomial(rest_V, 1, generator=generator))]
-    return [*taken, int(torch.multinomial(target_TV[-1], 1, generator=generator))]
+        return [*taken, *draw(rest_V[None], generator)]
+    return [*taken, *draw(target_TV[-1:], generator)]
