@@ -11,6 +11,7 @@ from tinyllm.inference.drafts import LookupDraft, ModelDraft, first_layers
 from tinyllm.inference.generate import generate
 from tinyllm.inference.sampling import SamplingParams, token_odds
 from tinyllm.inference.speculative import DRAFT_ROUNDS, PLAIN_TOKENS, Payoff, accept, speculate
+from tinyllm.ops import cpu
 from tinyllm.quantization.int8 import quantize_model
 
 PROMPT = [5, 17, 42, 5, 17]
@@ -52,6 +53,27 @@ def test_greedy_text_is_the_same(name, penalty):
         assert fast.stats.tokens_per_pass > 2
     if name == "int8":
         assert fast.stats.n_proposed > 10
+
+
+INT8_DRAFTS = {
+    "lookup": lambda model, sampling: LookupDraft(),
+    "layers": lambda model, sampling: ModelDraft(first_layers(model, 1), sampling),
+    "itself": ModelDraft,
+}
+
+
+@pytest.mark.parametrize("name", INT8_DRAFTS)
+def test_an_int8_model_checks_guesses_with_the_bits_of_single_tokens(name):
+    if cpu.load()[0] is None:
+        pytest.skip("no native kernels here")
+    model = quantize_model(tiny_model(d=64, n_heads=2, n_kv_heads=1, d_head=32))
+    for prompt in ([5, 17, 42, 5, 17], [9] * 20, list(range(30))):
+        greedy = SamplingParams(max_new_tokens=60)
+        plain = list(generate(model, prompt, greedy, ()))
+        draft = INT8_DRAFTS[name](model, greedy)
+        fast = speculate(model, prompt, greedy, (), draft, n_draft=4, clock=Clock())
+        assert list(fast) == plain
+        assert fast.stats.n_proposed > 0
 
 
 @pytest.mark.parametrize("n_draft", [1, 3, 50])
