@@ -8,8 +8,6 @@ from torch import Tensor
 from tinyllm.inference.cache import KVCache
 from tinyllm.inference.graph import DecodeStep
 from tinyllm.model.transformer import Transformer
-from tinyllm.ops.decoder import SequenceDecoder
-from tinyllm.quantization.transformer import QuantizedTransformer
 
 
 class Reader:
@@ -23,9 +21,7 @@ class Reader:
         """Take a model in evaluation mode and the cache of one sequence."""
         self.cache = cache
         self._model, self._device = model, model.rope_cos.device
-        self._native: SequenceDecoder | None = None
-        if isinstance(model, QuantizedTransformer):
-            self._native = model.sequence_decoder(cache)
+        self._native = model.sequence_decoder(cache)
         self._graph: DecodeStep | None = None
         if self._device.type == "cuda":  # only cards replay graphs
             self._graph = DecodeStep(model, cache.memory())

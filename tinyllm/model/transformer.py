@@ -27,6 +27,7 @@ from tinyllm.model.mla import LatentAttention
 from tinyllm.model.norm import build_norm
 from tinyllm.model.rope import rope_tables, yarn_temperature
 from tinyllm.model.sizes import ModelConfig
+from tinyllm.ops.decoder import SequenceDecoder
 
 
 class Cache(Protocol):
@@ -148,6 +149,10 @@ class Transformer(nn.Module):
     def next_logits(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the logits after each row's last token, (B, V); the other rows skip the head."""
         return self.head(self.hidden(ids_BT, cache=cache)[:, -1])
+
+    def sequence_decoder(self, cache: Cache) -> SequenceDecoder | None:
+        """Return native code that fills a sequence's cache; only a quantised model has it."""
+        return None
 
     def _masks(self, mask: Tensor | None, n_tokens: int, *, learns: bool) -> list[Tensor | None]:
         """Return each block's mask: narrower for a block with a window.

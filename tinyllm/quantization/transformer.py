@@ -53,12 +53,14 @@ class QuantizedTransformer(Prepared, Transformer):
             return super().next_logits(ids_BT, cache)
         return decoder.logits(ids_BT, cast(RoomyCache, cache).make_room(ids_BT.shape[1]))
 
-    def sequence_decoder(self, cache: RoomyCache) -> SequenceDecoder | None:
+    def sequence_decoder(self, cache: Cache) -> SequenceDecoder | None:
         """Return what fills the cache of one sequence, None where it is done layer by layer."""
         decoder = self._decoder(cache)
-        return None if decoder is None else decoder.of_sequence(cache.make_room(0))
+        if decoder is None:
+            return None
+        return decoder.of_sequence(cast(RoomyCache, cache).make_room(0))
 
-    def _decoder(self, cache: Cache | RoomyCache | None) -> Decoder | None:
+    def _decoder(self, cache: Cache | None) -> Decoder | None:
         """Return what fills a cache in one call, None where it is done layer by layer."""
         if not isinstance(cache, RoomyCache) or cache.dtype not in CACHED:
             return None
