@@ -115,7 +115,7 @@ class Pass {
   }
 
   // Queries, keys and values. A part ends where a panel and a head end, so who multiplies can turn and store as well,
-  // from its own cache: as a phase of its own that was 2 % of a token (d 768).
+  // from its own cache: as a phase of its own that was up to 2 % of a token (d 768).
   void project(const Layer& layer, int64_t l, const Inputs& in) {
     const Weight& w = *layer.qkv;
     const int64_t part = std::lcm(kPanel, m_.d_head);

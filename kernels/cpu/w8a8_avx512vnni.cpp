@@ -1,7 +1,7 @@
 // AVX-512 with VNNI: one register is one step of a packed block, 16 outputs times 4 inputs.
 //
 // vpdpbusd multiplies unsigned by signed bytes and adds four products to an int32 without
-// saturation. The inputs are stored with 128 added; sums start at -128 * (sum of the weights).
+// saturation. The inputs are stored with 128 added; an output's offset, -128 * (sum of its weights), undoes that.
 #include "attend_rows.h"
 #include "quantize.h"
 #include "tile.h"
@@ -45,7 +45,7 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
   __m512i sums[ROWS][BLOCKS];
 #pragma GCC unroll 4
   for (int b = 0; b < BLOCKS; ++b) {
-    __builtin_prefetch(w.offset + j + b * kLanes);
+    __builtin_prefetch(w.offset + j + b * kLanes);  // wanted at the end: 1.02 to 1.05 times the tokens on one thread
     __builtin_prefetch(w.scale + j + b * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) sums[r][b] = _mm512_setzero_si512();
@@ -84,8 +84,9 @@ void micro(const int8_t* q, int64_t q_stride, const float* x_scale, const Weight
     const __m512i offset = _mm512_loadu_si512(w.offset + j + b * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
-      const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums[r][b], offset)), _mm512_set1_ps(x_scale[r]));
-      store_lanes(y + r * y_stride + b * kLanes, _mm512_mul_ps(sum, scale), lanes);
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[r][b], offset));
+      const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(x_scale[r])), scale);
+      store_lanes(y + r * y_stride + b * kLanes, scaled, lanes);
     }
   }
 }
