@@ -121,6 +121,9 @@ def test_what_has_no_odds_is_never_drawn():
     shares = torch.tensor(draw(odds, torch.Generator())).bincount(minlength=5) / 20000
     assert shares[[0, 2, 4]].tolist() == [0, 0, 0]
     assert abs(shares[1] - 0.75) < 4 * (0.75 * 0.25 / 20000) ** 0.5  # 4 sigma
+    for broken in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            draw(torch.tensor([[0.5, broken, 0.5]]), torch.Generator())
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,19 @@ def draw(odds_BV: Tensor, generator: torch.Generator | None) -> list[int]:
 
     Where a uniform number falls among the sums of the odds: 0.02 ms for 4096 tokens, while
     `torch.multinomial`, which draws a number for each of them, takes 0.1.
+
+    Raises:
+        ValueError: odds are NaN or infinite, as a broken model makes them.
     """
     sums_BV = odds_BV.double().cumsum(-1)
-    places_B1 = sums_BV[:, -1:] * torch.rand(
-        len(odds_BV), 1, dtype=torch.double, device=odds_BV.device, generator=generator
+    total_B1 = sums_BV[:, -1:]
+    if not bool(total_B1.isfinite().all()):
+        raise ValueError("odds: NaN or infinite, so no token can be drawn; the logits are broken")
+    uniform_B1 = torch.rand(
+        total_B1.shape, dtype=torch.double, device=odds_BV.device, generator=generator
     )
-    found = torch.searchsorted(sums_BV, places_B1, right=True)
-    tokens: list[int] = found.clamp(max=odds_BV.shape[-1] - 1)[:, 0].tolist()
+    found = torch.searchsorted(sums_BV, uniform_B1 * total_B1, right=True)
+    tokens: list[int] = found[:, 0].tolist()
     return tokens
 
 
