@@ -9,9 +9,10 @@ import torch
 from instruction_sets import isa_fixture
 
 from tinyllm.ops import cpu
-from tinyllm.ops.decoder import Decoder, DecoderWeights, LayerWeights, Room
+from tinyllm.ops.decoder import Decoder, DecoderWeights, LayerWeights
 from tinyllm.ops.int4 import dequantize_groups, quantize_groups
 from tinyllm.ops.reference import hadamard, quantize_per_row
+from tinyllm.ops.room import Room
 
 EPS, V = 1e-6, 70
 

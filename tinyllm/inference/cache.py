@@ -12,7 +12,7 @@ from torch import Tensor
 from tinyllm.errors import DataError
 from tinyllm.inference.stored import Stored, make_room
 from tinyllm.model.sizes import ModelConfig
-from tinyllm.ops.decoder import Room, RoomyCache
+from tinyllm.ops.room import Room, RoomyCache
 
 
 class LayerKV:

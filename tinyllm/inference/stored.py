@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyllm.ops.decoder import Room
 from tinyllm.ops.reference import quantize_per_row
+from tinyllm.ops.room import Room
 
 Index = int | slice | tuple[int | slice | Tensor, ...]
 """Of all dimensions but the last."""

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from tinyllm.ops import cpu
+from tinyllm.ops.room import CACHED, Room
 
 Weight = tuple[Tensor, Tensor]
 """INT8 rows (N, K) and their fp32 scales (N,), or those of `tinyllm.ops.int4`."""
-CACHED = (torch.float32, torch.bfloat16, torch.int8)
-"""What keys and values may be stored as, in the order of `tinyllm::Stored`."""
 GATES = 32
 """Rows of the gate that lie together, followed by their rows of the up projection."""
 
@@ -75,34 +74,6 @@ class DecoderWeights:
     """Of every norm."""
     activation_bits: int
     """8, or 16 as `linear.in_two_terms` has them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
-    """Where the keys and values of a pass lie: earlier ones, and places for new ones."""
-
-    keys: Tensor
-    """(layers, B, G, S, K), one of `CACHED`, the K numbers of a position together."""
-    values: Tensor
-    """Likewise, with the same strides."""
-    scales: tuple[Tensor, Tensor] | None = None
-    """With INT8, of keys and of values: (layers, B, G, S), fp32, strides a K-th of the numbers'."""
-    starts: Sequence[int]
-    """How many positions each of the B sequences has already."""
-
-
-class RoomyCache:
-    """A cache that tells where its numbers lie.
-
-    No Protocol: every token asks whether an object is one, and a base class answers at once.
-    """
-
-    dtype: torch.dtype
-    """Of the stored numbers."""
-
-    def make_room(self, n_tokens: int) -> Room:
-        """Return the memory for `n_tokens` more positions per sequence, which count as stored."""
-        raise NotImplementedError
 
 
 class _Layer(ctypes.Structure):
@@ -186,7 +157,7 @@ class Decoder:
         self._pass(ids_BT, room, None, logits)
         return logits
 
-    def of_sequence(self, room: Room) -> "SequenceDecoder":
+    def for_sequence(self, room: Room) -> "SequenceDecoder":
         """Return what reads one sequence, whose room this is."""
         return SequenceDecoder(self, room, torch.empty(1, self._n_vocabulary))
 
@@ -263,7 +234,10 @@ class SequenceDecoder:
 def _tokens(
     room: Room, ids: int, starts: int, hidden: Tensor | None, logits: Tensor | None
 ) -> _Tokens:
-    """Return a call that lacks its numbers of sequences and tokens; two arguments are addresses."""
+    """Return a call that lacks its numbers of sequences and tokens.
+
+    `ids` and `starts` are addresses of int64; what `hidden` or `logits` is not None is written.
+    """
     layer, sequence, head, position, _ = room.keys.stride()
     return _Tokens(
         *(ids, starts, room.keys.data_ptr(), room.values.data_ptr()),

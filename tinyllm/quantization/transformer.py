@@ -15,15 +15,9 @@ from tinyllm.model.attention import Attention
 from tinyllm.model.ffn import SwiGLU
 from tinyllm.model.norm import RMSNorm
 from tinyllm.model.transformer import Block, Cache, Transformer
-from tinyllm.ops.decoder import (
-    CACHED,
-    Decoder,
-    DecoderWeights,
-    LayerWeights,
-    RoomyCache,
-    SequenceDecoder,
-)
+from tinyllm.ops.decoder import Decoder, DecoderWeights, LayerWeights, SequenceDecoder
 from tinyllm.ops.registry import select
+from tinyllm.ops.room import CACHED, RoomyCache
 from tinyllm.quantization.layers import Int8Embedding, Prepared, QuantizedLinear
 
 NOT_HERE = "layer by layer"
@@ -58,7 +52,7 @@ class QuantizedTransformer(Prepared, Transformer):
         decoder = self._decoder(cache)
         if decoder is None:
             return None
-        return decoder.of_sequence(cast(RoomyCache, cache).make_room(0))
+        return decoder.for_sequence(cast(RoomyCache, cache).make_room(0))
 
     def _decoder(self, cache: Cache | None) -> Decoder | None:
         """Return what fills a cache in one call, None where it is done layer by layer."""
