@@ -116,7 +116,7 @@ def test_draws_follow_the_probabilities_and_the_seed():
     assert (shares - torch.tensor([0.1, 0.2, 0.3, 0.4])).abs().max() < 0.014
 
 
-def test_what_has_no_odds_is_never_drawn():
+def test_what_has_no_odds_is_never_drawn(monkeypatch):
     odds = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0]]).expand(20000, 5)
     shares = torch.tensor(draw(odds, torch.Generator())).bincount(minlength=5) / 20000
     assert shares[[0, 2, 4]].tolist() == [0, 0, 0]
@@ -124,6 +124,8 @@ def test_what_has_no_odds_is_never_drawn():
     for broken in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="NaN or infinite"):
             draw(torch.tensor([[0.5, broken, 0.5]]), torch.Generator())
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, **_: torch.zeros(*size, dtype=dtype))
+    assert draw(odds[:1], None) == [1]  # the least number there is
 
 
 @pytest.mark.parametrize(
